@@ -1,0 +1,31 @@
+# `make help` lists what there is. Every command sets up its environment in .venv itself.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard book/*.ipynb)
+
+.PHONY: help book test lab clean
+.DEFAULT_GOAL := help
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Anew when the requirements change; a failed installation leaves no stamp behind.
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+book: .venv/installed  ## build the book; a warning is an error
+	$(BIN)/jupyter-book build --quiet -W -n --keep-going .
+	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+test: .venv/installed  ## run the unit tests, then every notebook cell against its stored output
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval --nbval-current-env $(NOTEBOOKS)
+
+lab: .venv/installed  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab book
+
+clean:  ## remove the built book, keep the environment
+	rm -rf _build
