@@ -1,0 +1,145 @@
+"""Rank, and what training costs: the tools of Chapter 1.
+
+Shapes: a weight W is (d_out, d_in), its update BA has B (d_out, r) and A (r, d_in). Leading
+batch dimensions are allowed where a function says `(..., m, n)`.
+Sources: Eckart & Young 1936 (Psychometrika 1:211-218) for `truncate`; Hu et al. 2021
+(arXiv:2106.09685, section 4) for the counts; Li et al. 2018 (arXiv:1804.08838, section 2) for
+`RandomSubspace`. Bad arguments raise TypeError or ValueError that name the argument.
+"""
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from lora.core import freeze_all
+
+
+def check_number(name, value, least, kind=Real):
+    """Raise ValueError unless `value` is a finite number of `kind`, `least` or greater."""
+    real = isinstance(value, kind) and not isinstance(value, bool)
+    if real and math.isfinite(value) and value >= least:
+        return
+    noun = "an integer" if kind is Integral else "a finite number"
+    raise ValueError(f"{name} must be {noun} of at least {least}, got {value!r}")
+
+
+def training_bytes(
+    trainable, frozen=0, weight_bytes=4, frozen_bytes=4, gradient_bytes=4, moment_bytes=4
+):
+    """Bytes that training with AdamW keeps for every parameter, as a dict of three entries.
+
+    `trainable` and `frozen` are numbers of parameters; the other arguments are bytes for one
+    number (4: float32, 2: bfloat16, 0.5: 4 bits). A trainable parameter costs its weight, its
+    gradient and two moments (AdamW's m and v); a frozen one costs its weight alone. With the
+    defaults that is 16 bytes against 4. Activations, which depend on the batch, are not counted.
+    """
+    for name, value in locals().items():
+        check_number(name, value, least=0)
+    return {
+        "weights": trainable * weight_bytes + frozen * frozen_bytes,
+        "gradients": trainable * gradient_bytes,
+        "AdamW m and v": trainable * 2 * moment_bytes,
+    }
+
+
+def check_matrix(matrix):
+    """Raise TypeError or ValueError unless `matrix` is a finite float tensor (..., m, n)."""
+    if not isinstance(matrix, torch.Tensor) or not matrix.is_floating_point():
+        raise TypeError(f"matrix must be a floating-point tensor, got {type(matrix).__name__}")
+    if matrix.ndim < 2 or matrix.numel() == 0:
+        raise ValueError(f"matrix must have shape (..., m, n), got {tuple(matrix.shape)}")
+    if not matrix.isfinite().all():
+        raise ValueError("matrix must be finite, got an entry that is inf or nan")
+
+
+def truncate(matrix, rank):
+    """The best approximation of `matrix` (..., m, n) by a matrix of rank `rank` or less.
+
+    "Best" is the least Frobenius norm of the difference (Eckart & Young 1936): keep the `rank`
+    largest singular values. Rank 0 gives zeros; from min(m, n) on, `matrix` up to rounding.
+    """
+    check_matrix(matrix)
+    check_number("rank", rank, least=0, kind=Integral)
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
+
+
+def energy(matrix):
+    """Share of the squared Frobenius norm that the best rank-k approximation keeps.
+
+    `matrix` is (..., m, n); the result is (..., min(m, n)), entry k - 1 for rank k, rising to 1.
+    """
+    check_matrix(matrix)
+    S = torch.linalg.svdvals(matrix)
+    if (S[..., 0] == 0).any():
+        raise ValueError("a matrix of zeros has no energy to share out")
+    kept = (S / S[..., :1]).square().cumsum(-1)
+    return kept / kept[..., -1:]
+
+
+def rank_for_energy(matrix, share=0.9):
+    """Smallest k whose rank-k approximation of `matrix` (..., m, n) keeps `share` of its energy.
+
+    `share` lies strictly between 0 and 1. Returns an int64 tensor of shape (...).
+    """
+    check_number("share", share, least=0)
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie strictly between 0 and 1, got {share!r}")
+    return (energy(matrix) < share).sum(-1) + 1
+
+
+class RandomSubspace(nn.Module):
+    """`model` moved along d random directions of all its D parameters (Li et al. 2018, section 2).
+
+    Its parameters are theta = theta_0 + P z. theta_0 (D,) are those of `model`, which is kept,
+    not copied, and frozen. P (D, d) is Gaussian, drawn from `seed`, with columns of length one.
+    z (d,) starts at zero and is all that trains. P takes dtype and device of the parameters
+    and costs D · d numbers. Raises ValueError if `dimension` is not an integer from 1 to D,
+    TypeError if the parameters are not all of one floating-point dtype.
+    """
+
+    def __init__(self, model, dimension, seed=0):
+        super().__init__()
+        parameters = list(model.parameters())
+        dtypes = {p.dtype for p in parameters}
+        if len(dtypes) != 1 or not parameters[0].is_floating_point():
+            raise TypeError(
+                f"the parameters must share one float dtype, got {sorted(map(str, dtypes))}"
+            )
+        check_number("dimension", dimension, least=1, kind=Integral)
+        total = sum(p.numel() for p in parameters)
+        if dimension > total:
+            raise ValueError(f"dimension must be at most {total}, the parameters, got {dimension}")
+        freeze_all(model)
+        self.model = model
+        generator = torch.Generator().manual_seed(seed)
+        P = torch.randn(total, dimension, generator=generator, dtype=torch.float64)
+        P = (P / P.norm(dim=0)).to(parameters[0])
+        self.register_buffer("P", P)
+        self.z = nn.Parameter(torch.zeros_like(P[0]))
+
+    def theta(self):
+        """theta_0 + P z, as a dict from parameter name to tensor."""
+        named = dict(self.model.named_parameters())
+        steps = (self.P @ self.z).split([p.numel() for p in named.values()])
+        return {name: p + step.view_as(p) for (name, p), step in zip(named.items(), steps)}
+
+    def forward(self, *inputs):
+        return functional_call(self.model, self.theta(), inputs)
+
+
+def lora_parameters(d_in, d_out, rank):
+    """Number of entries of A (rank, d_in) and B (d_out, rank) together."""
+    for name, value in locals().items():
+        check_number(name, value, least=1, kind=Integral)
+    return rank * (d_in + d_out)
+
+
+def break_even_rank(d_in, d_out):
+    """The rank, as a float, at which A and B have as many entries as W (d_out, d_in)."""
+    for name, value in locals().items():
+        check_number(name, value, least=1, kind=Integral)
+    return d_in * d_out / (d_in + d_out)
