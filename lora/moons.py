@@ -1,0 +1,176 @@
+"""The rotated two-moons task: data, network, a training loop over many seeds, evaluation.
+
+A network is trained on two interleaved half circles and then adapted to the same two half
+circles rotated by 45 degrees. Chapter 3 of the book runs this experiment. Points are (n, 2)
+tensors without a unit, labels are 0 or 1 in int64, angles are in degrees. Everything is float64
+by default, so that results agree between machines. scikit-learn is loaded on the first call of
+`two_moons` and not before.
+"""
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+
+
+def check_count(name, value, least):
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_number(name, value, positive=False):
+    """Raise ValueError unless `value` is finite and >= 0 (> 0 if `positive`)."""
+    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or value < 0 or (positive and value == 0):
+        raise ValueError(
+            f"{name} must be a finite number {'>' if positive else '>='} 0, got {value!r}"
+        )
+
+
+def two_moons(n=1000, noise=0.15, degrees=0.0, seed=0, dtype=torch.float64):
+    """Draw n points of two interleaved half circles: x (n, 2) in `dtype`, y (n,) in int64.
+
+    scikit-learn's `make_moons` with Gaussian noise of standard deviation `noise`, then rotated
+    by `degrees` counter-clockwise about the origin, without centring. The same seed gives the
+    same points at every angle, up to the rotation. Raises ValueError for n < 2, a negative or
+    non-finite noise, a non-finite angle, a negative seed.
+    """
+    from sklearn.datasets import make_moons
+
+    check_count("n", n, 2)
+    check_count("seed", seed, 0)
+    check_number("noise", noise)
+    if not isinstance(degrees, Real) or not math.isfinite(degrees):
+        raise ValueError(f"degrees must be a finite number, got {degrees!r}")
+    points, labels = make_moons(n_samples=n, noise=noise, random_state=seed)
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    rotation = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    x = torch.from_numpy(points) @ rotation.T  # a row vector p becomes R p
+    return x.to(dtype), torch.from_numpy(labels)
+
+
+def moons_batch(seeds, n=1000, noise=0.15, degrees=0.0, dtype=torch.float64):
+    """`two_moons` for each of S seeds, stacked: x (S, n, 2), y (S, n)."""
+    samples = [two_moons(n, noise, degrees, seed, dtype) for seed in seeds]
+    if not samples:
+        raise ValueError("seeds must hold at least one seed, got none")
+    return torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples])
+
+
+def moons_mlp(seed=0, dtype=torch.float64):
+    """The series' network, 2 -> 128 -> 128 -> 128 -> 2 with tanh: 33,666 parameters.
+
+    PyTorch's default initialization, drawn from `seed` in float32 and then converted, so that
+    every dtype starts from the same weights. The global random state stays as it was.
+    """
+    check_count("seed", seed, 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = [nn.Linear(2, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh()]
+        layers += [nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 2)]
+        return nn.Sequential(*layers).to(dtype)
+
+
+def check_stack(models, x, y):
+    """Raise ValueError unless model i can be given x[i] (n, d) and y[i] (n,)."""
+    models = list(models)
+    if not models:
+        raise ValueError("models must hold at least one model, got none")
+
+    def layout(model):
+        return [(k, p.shape, p.dtype, p.requires_grad) for k, p in model.named_parameters()]
+
+    if len({id(m) for m in models}) < len(models):
+        raise ValueError("models holds one model twice: use copy.deepcopy")
+    for i, model in enumerate(models):
+        if layout(model) != layout(models[0]):
+            raise ValueError(f"models[{i}] and models[0] differ in their parameters")
+    if x.dim() != 3 or x.shape[1] == 0 or x.shape[:2] != y.shape or len(x) != len(models):
+        raise ValueError(
+            f"for {len(models)} models, x must be ({len(models)}, n, d) and y ({len(models)}, n) "
+            f"with n >= 1, got x {tuple(x.shape)} and y {tuple(y.shape)}"
+        )
+    kinds = {p.dtype for p in models[0].parameters()}
+    if kinds != {x.dtype} or y.dtype != torch.int64:
+        raise ValueError(
+            f"x must have the models' dtype and y int64, got x {x.dtype}, y {y.dtype} and "
+            f"models in {', '.join(sorted(map(str, kinds)))}"
+        )
+    return models
+
+
+def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=None):
+    """Train S models of one architecture at the same time, in place: model i on x[i], y[i].
+
+    x is (S, n, d) in the models' dtype, y is (S, n) in int64. Minimizes the mean cross-entropy of
+    each batch with AdamW (PyTorch's defaults but for `lr`; weight decay 0.01) over the parameters
+    that require a gradient; the others stay as they are, bit for bit. `seed` draws the order of
+    the rows, anew in each epoch and the same for all models. The models' losses are summed, and
+    AdamW works entry by entry, so that no model influences another: the result is that of S
+    separate runs up to rounding.
+
+    After each epoch calls `after_epoch(epoch, predict)`, if given: `epoch` counts from 1, and
+    `predict` maps (S, m, d) to the logits (S, m, classes) of the models as they are then.
+    Returns the mean training loss of each epoch, (S, epochs). Raises ValueError for arguments
+    that do not fit together, before any training.
+    """
+    models = check_stack(models, x, y)
+    check_count("epochs", epochs, 0)
+    check_count("batch_size", batch_size, 1)
+    check_count("seed", seed, 0)
+    check_number("lr", lr, positive=True)
+    state = stack_module_state(models)  # every parameter gains a first dimension of size S
+    trainable = {name: p for name, p in state[0].items() if p.requires_grad}
+    if not trainable:
+        raise ValueError("no parameter requires a gradient: nothing to train")
+    forward = vmap(lambda state, x: functional_call(models[0], state, (x,)))
+    optimizer = torch.optim.AdamW(trainable.values(), lr=lr, fused=True)
+    order = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def predict(x):
+        return forward(state, x)
+
+    losses = torch.zeros(len(models), epochs, dtype=x.dtype)
+    for epoch in range(epochs):
+        for rows in torch.randperm(x.shape[1], generator=order).split(batch_size):
+            logits = forward(state, x[:, rows])
+            loss = nn.functional.cross_entropy(
+                logits.transpose(1, 2), y[:, rows], reduction="none"
+            ).mean(1)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+            losses[:, epoch] += loss.detach() * len(rows) / x.shape[1]
+        if after_epoch is not None:
+            after_epoch(epoch + 1, predict)
+    with torch.no_grad():
+        for i, model in enumerate(models):
+            for name, p in model.named_parameters():
+                if name in trainable:
+                    p.copy_(trainable[name][i])
+    return losses
+
+
+@torch.no_grad()
+def accuracy(models, x, y):
+    """Fraction of x[i] (n, d) that model i assigns to its class y[i] (n,); shape (S,)."""
+    models = check_stack(models, x, y)
+    correct = [model(points).argmax(-1) == labels for model, points, labels in zip(models, x, y)]
+    return torch.stack(correct).double().mean(1)
+
+
+def pretrained(seeds, n=1000, noise=0.15, epochs=60, lr=1e-3):
+    """The base models of the experiment, one a seed, and the source data they were trained on.
+
+    Model i is `moons_mlp(seeds[i])`, trained on `two_moons(n, noise, seed=seeds[i])`. Returns
+    (models, x, y), with x of shape (S, n, 2) and y of shape (S, n).
+    """
+    seeds = list(seeds)
+    x, y = moons_batch(seeds, n, noise)
+    models = [moons_mlp(seed) for seed in seeds]
+    train(models, x, y, epochs, lr)
+    return models, x, y
