@@ -1,0 +1,298 @@
+"""`lora.moons` against scikit-learn, numpy and a plain PyTorch loop that trains one model at a time."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_moons
+from sklearn.metrics import accuracy_score
+from torch import nn
+
+from lora import count_trainable, freeze_all, inject_lora
+from lora.moons import accuracy, moons_batch, moons_mlp, pretrained, train, two_moons
+
+
+def train_alone(model, x, y, epochs, lr, batch_size=64, seed=0):
+    """The oracle: one model, a plain loop, PyTorch's unfused AdamW; returns the epochs' losses."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, foreach=False)
+    order = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(epochs):
+        total = 0.0
+        for rows in torch.randperm(len(x), generator=order).split(batch_size):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+        losses.append(total / len(x))
+    return torch.tensor(losses, dtype=x.dtype)
+
+
+def adapted(seeds, rank):
+    """Models with frozen base layers and adapters, both matrices of which are random."""
+    models = []
+    for seed in seeds:
+        model = moons_mlp(seed)
+        freeze_all(model)
+        torch.manual_seed(seed)
+        for layer in inject_lora(model, rank=rank):
+            nn.init.normal_(layer.B, std=0.1)
+        models.append(model)
+    return models
+
+
+def states(models):
+    return [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
+
+
+def same(first, second):
+    return all(torch.equal(a[k], b[k]) for a, b in zip(first, second) for k in a)
+
+
+# --- two_moons and moons_batch ---------------------------------------------------------------
+
+
+def test_two_moons_without_rotation_is_make_moons():
+    x, y = two_moons(101, noise=0.3, seed=5)
+    points, labels = make_moons(n_samples=101, noise=0.3, random_state=5)
+    assert x.dtype == torch.float64 and y.dtype == torch.int64
+    np.testing.assert_array_equal(x.numpy(), points)
+    np.testing.assert_array_equal(y.numpy(), labels)
+
+
+@pytest.mark.parametrize("degrees", [-30, 45, 90.0, 400])
+def test_rotation_is_counterclockwise_about_the_origin(degrees):
+    x, y = two_moons(50, degrees=degrees, seed=1)
+    points, labels = make_moons(n_samples=50, noise=0.15, random_state=1)
+    turned = (points[:, 0] + 1j * points[:, 1]) * np.exp(1j * np.deg2rad(degrees))
+    np.testing.assert_allclose(x.numpy(), np.c_[turned.real, turned.imag], atol=1e-12)
+    np.testing.assert_array_equal(y.numpy(), labels)
+
+
+def test_defaults_are_those_of_the_series():
+    x, _ = two_moons()
+    points, _ = make_moons(n_samples=1000, noise=0.15, random_state=0)
+    np.testing.assert_array_equal(x.numpy(), points)
+    assert two_moons(noise=0, dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_moons_batch_stacks_one_sample_a_seed():
+    x, y = moons_batch([7, 2], n=20, noise=0.1, degrees=10, dtype=torch.float32)
+    assert x.shape == (2, 20, 2) and y.shape == (2, 20)
+    for i, seed in enumerate([7, 2]):
+        expected = two_moons(20, 0.1, 10, seed, torch.float32)
+        assert torch.equal(x[i], expected[0]) and torch.equal(y[i], expected[1])
+
+
+# --- moons_mlp -------------------------------------------------------------------------------
+
+
+def test_network_is_that_of_the_series():
+    model = moons_mlp()
+    sizes = [(m.in_features, m.out_features) for m in model if isinstance(m, nn.Linear)]
+    assert sizes == [(2, 128), (128, 128), (128, 128), (128, 2)]
+    assert count_trainable(model) == 33_666
+    x = torch.randn(5, 2, dtype=torch.float64)
+    W = [p.detach().numpy() for p in model.parameters()]
+    h = x.numpy()
+    for i in (0, 2, 4):
+        h = np.tanh(h @ W[i].T + W[i + 1])
+    np.testing.assert_allclose(model(x).detach().numpy(), h @ W[6].T + W[7], atol=1e-12)
+
+
+def test_network_depends_on_its_seed_alone_and_leaves_the_global_one():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = moons_mlp(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert same(states([first]), states([moons_mlp(3)]))
+    assert not torch.equal(first[0].weight, moons_mlp(4)[0].weight)
+    single = moons_mlp(3, torch.float32)
+    assert single[0].weight.dtype == torch.float32
+    assert torch.equal(single[2].weight.double(), first[2].weight)
+
+
+# --- train -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("batch_size", [64, 40, 1000])
+def test_training_together_is_training_one_by_one(rank, batch_size):
+    seeds = [11, 12, 13]
+    x, y = moons_batch(seeds, n=150)  # 64 does not divide 150: the last batch is smaller
+    models = adapted(seeds, rank) if rank else [moons_mlp(s) for s in seeds]
+    alone = copy.deepcopy(models)
+    losses = train(models, x, y, epochs=4, lr=3e-3, batch_size=batch_size, seed=9)
+    expected = [train_alone(m, x[i], y[i], 4, 3e-3, batch_size, 9) for i, m in enumerate(alone)]
+    torch.testing.assert_close(losses, torch.stack(expected), rtol=0, atol=1e-12)
+    for ours, theirs in zip(models, alone):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_defaults_are_sixty_epochs_of_batches_of_64():
+    x, y = moons_batch([1], n=100)
+    model, alone = moons_mlp(0), moons_mlp(0)
+    losses = train([model], x, y)
+    torch.testing.assert_close(
+        losses[0], train_alone(alone, x[0], y[0], 60, 1e-3), atol=1e-9, rtol=0
+    )
+
+
+def test_frozen_parameters_stay_bit_for_bit_and_the_others_move():
+    models = adapted([0, 1], 2)
+    before = states(models)
+    x, y = moons_batch([0, 1], n=128, degrees=45)
+    train(models, x, y, epochs=2)
+    for model, old in zip(models, before):
+        for name, p in model.named_parameters():
+            assert torch.equal(p, old[name]) == (not p.requires_grad), name
+            assert p.grad is None
+
+
+def test_one_model_does_not_feel_another():
+    x, y = moons_batch([0, 1], n=100)
+    models = [moons_mlp(0), moons_mlp(1)]
+    train(models, x, y, epochs=2)
+    x[1], y[1] = x[1] * 5 - 1, 1 - y[1]
+    again = [moons_mlp(0), moons_mlp(1)]
+    train(again, x, y, epochs=2)
+    assert same(states(models[:1]), states(again[:1]))
+    assert not same(states(models[1:]), states(again[1:]))
+
+
+def test_hook_sees_every_epoch_and_the_models_of_that_moment():
+    x, y = moons_batch([0, 1], n=64)
+    seen = {}
+    models = [moons_mlp(0), moons_mlp(1)]
+    train(models, x, y, epochs=3, after_epoch=lambda e, predict: seen.update({e: predict(x)}))
+    assert list(seen) == [1, 2, 3]
+    assert not any(logits.requires_grad for logits in seen.values())
+    for epochs, logits in seen.items():
+        fresh = [moons_mlp(0), moons_mlp(1)]
+        train(fresh, x, y, epochs=epochs)
+        alone = torch.stack([m(points) for m, points in zip(fresh, x)])
+        torch.testing.assert_close(logits, alone, rtol=0, atol=1e-12)
+
+
+def test_training_repeats_and_leaves_the_global_random_state():
+    x, y = moons_batch([0], n=100)
+    results = []
+    for seed in (5, 5, 6):
+        before = torch.get_rng_state()
+        model = moons_mlp(0)
+        train([model], x, y, epochs=2, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(model[0].weight)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_no_epochs_is_no_change():
+    model, x, y = moons_mlp(0), *moons_batch([0], n=10)
+    before = states([model])
+    assert train([model], x, y, epochs=0).shape == (1, 0)
+    assert same(before, states([model]))
+
+
+# --- accuracy and pretrained -----------------------------------------------------------------
+
+
+def test_accuracy_is_that_of_scikit_learn():
+    x, y = moons_batch([0, 1, 2], n=77)
+    models = [moons_mlp(s) for s in (0, 1, 2)]
+    got = accuracy(models, x, y)
+    assert got.shape == (3,) and not got.requires_grad
+    for i, model in enumerate(models):
+        expected = accuracy_score(y[i].numpy(), model(x[i]).detach().numpy().argmax(1))
+        assert got[i].item() == pytest.approx(expected, abs=1e-15)
+
+
+def test_pretrained_trains_each_model_on_its_own_source_data():
+    models, x, y = pretrained([4, 8], n=200, noise=0.1, epochs=3, lr=2e-3)
+    expected = [moons_mlp(4), moons_mlp(8)]
+    data = moons_batch([4, 8], n=200, noise=0.1)
+    train(expected, *data, epochs=3, lr=2e-3)
+    assert torch.equal(x, data[0]) and torch.equal(y, data[1])
+    assert same(states(models), states(expected))
+
+
+def test_the_network_learns_the_moons():
+    models, _, _ = pretrained([0], epochs=15)
+    assert accuracy(models, *moons_batch([2000], n=2000)).item() > 0.97
+    assert accuracy(models, *moons_batch([2000], n=2000, degrees=45)).item() < 0.75
+
+
+# --- bad arguments ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"n": 1}, "n must be an integer >= 2, got 1"),
+        ({"n": 10.0}, "n must be an integer >= 2, got 10.0"),
+        ({"n": True}, "n must be an integer >= 2, got True"),
+        ({"noise": -0.1}, "noise must be a finite number >= 0, got -0.1"),
+        ({"noise": float("inf")}, "noise must be a finite number >= 0, got inf"),
+        ({"noise": None}, "noise must be a finite number >= 0, got None"),
+        ({"degrees": float("nan")}, "degrees must be a finite number, got nan"),
+        ({"degrees": "45"}, "degrees must be a finite number, got '45'"),
+        ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+    ],
+)
+def test_two_moons_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        two_moons(**arguments)
+
+
+def test_moons_batch_and_mlp_refuse():
+    with pytest.raises(ValueError, match="at least one seed"):
+        moons_batch([])
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, got 0.5"):
+        moons_mlp(0.5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"models": []}, "at least one model"),
+        ({"models": [nn.Linear(2, 2).double(), nn.Linear(2, 3).double()]}, r"models\[1\] and"),
+        ({"models": [moons_mlp(0)] * 2}, "one model twice"),
+        ({"models": [moons_mlp(0)]}, "for 1 models, x must be"),
+        ({"x": torch.zeros(20, 2, dtype=torch.float64)}, r"got x \(20, 2\)"),
+        ({"x": torch.zeros(2, 0, 2, dtype=torch.float64)}, "n >= 1"),
+        ({"y": torch.zeros(2, 19, dtype=torch.int64)}, r"y \(2, 19\)"),
+        ({"x": torch.zeros(2, 20, 2)}, "got x torch.float32, y torch.int64 and models in"),
+        ({"y": torch.zeros(2, 20)}, "y torch.float32"),
+        ({"epochs": -1}, "epochs must be an integer >= 0, got -1"),
+        ({"epochs": 1.5}, "epochs must be an integer >= 0, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"lr": 0}, "lr must be a finite number > 0, got 0"),
+        ({"lr": float("nan")}, "lr must be a finite number > 0, got nan"),
+        ({"seed": -3}, "seed must be an integer >= 0, got -3"),
+    ],
+)
+def test_train_refuses_before_it_changes_anything(change, message):
+    x, y = moons_batch([0, 1], n=20)
+    arguments = {"models": [moons_mlp(0), moons_mlp(1)], "x": x, "y": y} | change
+    before = states(arguments["models"])
+    with pytest.raises(ValueError, match=message):
+        train(**arguments)
+    assert same(before, states(arguments["models"]))
+
+
+def test_train_refuses_a_model_without_anything_to_train():
+    model = moons_mlp(0)
+    freeze_all(model)
+    with pytest.raises(ValueError, match="nothing to train"):
+        train([model], *moons_batch([0], n=20))
+
+
+def test_importing_the_module_loads_neither_scikit_learn_nor_matplotlib():
+    code = "import sys, lora.moons; assert not {'sklearn', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
