@@ -60,7 +60,7 @@ class LoRALinear(nn.Module):
         check_settings(base, rank, alpha)
         freeze_all(base)
         self.base, self.rank, self.alpha = base, rank, alpha
-        self.scale = float(alpha) / rank
+        self.scale = float(alpha / rank)
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.A = nn.Parameter(torch.randn(rank, base.in_features, **like) / rank)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
