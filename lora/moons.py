@@ -8,43 +8,29 @@ by default, so that results agree between machines. scikit-learn is loaded on th
 """
 
 import math
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
-
-def check_count(name, value, least):
-    """Raise ValueError unless `value` is an integer of at least `least`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-def check_number(name, value, positive=False):
-    """Raise ValueError unless `value` is finite and >= 0 (> 0 if `positive`)."""
-    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not real or value < 0 or (positive and value == 0):
-        raise ValueError(
-            f"{name} must be a finite number {'>' if positive else '>='} 0, got {value!r}"
-        )
+from lora.rank import check_number
 
 
 def two_moons(n=1000, noise=0.15, degrees=0.0, seed=0, dtype=torch.float64):
     """Draw n points of two interleaved half circles: x (n, 2) in `dtype`, y (n,) in int64.
 
     scikit-learn's `make_moons` with Gaussian noise of standard deviation `noise`, then rotated
-    by `degrees` counter-clockwise about the origin, without centring. The same seed gives the
+    by `degrees` counter-clockwise about the origin, without centering. The same seed gives the
     same points at every angle, up to the rotation. Raises ValueError for n < 2, a negative or
     non-finite noise, a non-finite angle, a negative seed.
     """
     from sklearn.datasets import make_moons
 
-    check_count("n", n, 2)
-    check_count("seed", seed, 0)
-    check_number("noise", noise)
-    if not isinstance(degrees, Real) or not math.isfinite(degrees):
-        raise ValueError(f"degrees must be a finite number, got {degrees!r}")
+    check_number("n", n, least=2, kind=Integral)
+    check_number("seed", seed, least=0, kind=Integral)
+    check_number("noise", noise, least=0)
+    check_number("degrees", degrees, least=-math.inf)
     points, labels = make_moons(n_samples=n, noise=noise, random_state=seed)
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     rotation = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
@@ -66,7 +52,7 @@ def moons_mlp(seed=0, dtype=torch.float64):
     PyTorch's default initialization, drawn from `seed` in float32 and then converted, so that
     every dtype starts from the same weights. The global random state stays as it was.
     """
-    check_count("seed", seed, 0)
+    check_number("seed", seed, least=0, kind=Integral)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = [nn.Linear(2, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh()]
@@ -118,15 +104,17 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
     that do not fit together, before any training.
     """
     models = check_stack(models, x, y)
-    check_count("epochs", epochs, 0)
-    check_count("batch_size", batch_size, 1)
-    check_count("seed", seed, 0)
-    check_number("lr", lr, positive=True)
+    check_number("epochs", epochs, least=0, kind=Integral)
+    check_number("batch_size", batch_size, least=1, kind=Integral)
+    check_number("seed", seed, least=0, kind=Integral)
+    check_number("lr", lr, least=0)
     state = stack_module_state(models)  # every parameter gains a first dimension of size S
     trainable = {name: p for name, p in state[0].items() if p.requires_grad}
     if not trainable:
         raise ValueError("no parameter requires a gradient: nothing to train")
     forward = vmap(lambda state, x: functional_call(models[0], state, (x,)))
+    # fused: one pass over memory. It needs gradients laid out as their parameters are, which
+    # backward() ensures; handed those of torch.autograd.grad, it updates the wrong entries.
     optimizer = torch.optim.AdamW(trainable.values(), lr=lr, fused=True)
     order = torch.Generator().manual_seed(seed)
 

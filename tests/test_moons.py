@@ -234,15 +234,15 @@ def test_the_network_learns_the_moons():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"n": 1}, "n must be an integer >= 2, got 1"),
-        ({"n": 10.0}, "n must be an integer >= 2, got 10.0"),
-        ({"n": True}, "n must be an integer >= 2, got True"),
-        ({"noise": -0.1}, "noise must be a finite number >= 0, got -0.1"),
-        ({"noise": float("inf")}, "noise must be a finite number >= 0, got inf"),
-        ({"noise": None}, "noise must be a finite number >= 0, got None"),
-        ({"degrees": float("nan")}, "degrees must be a finite number, got nan"),
-        ({"degrees": "45"}, "degrees must be a finite number, got '45'"),
-        ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+        ({"n": 1}, "n must be an integer of at least 2, got 1"),
+        ({"n": 10.0}, "n must be an integer of at least 2, got 10.0"),
+        ({"n": True}, "n must be an integer of at least 2, got True"),
+        ({"noise": -0.1}, "noise must be a finite number of at least 0, got -0.1"),
+        ({"noise": float("inf")}, "noise must be a finite number of at least 0, got inf"),
+        ({"noise": None}, "noise must be a finite number of at least 0, got None"),
+        ({"degrees": float("nan")}, "degrees must be a finite number of at least -inf, got nan"),
+        ({"degrees": "45"}, "degrees must be a finite number of at least -inf, got '45'"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ],
 )
 def test_two_moons_refuses(arguments, message):
@@ -253,7 +253,7 @@ def test_two_moons_refuses(arguments, message):
 def test_moons_batch_and_mlp_refuse():
     with pytest.raises(ValueError, match="at least one seed"):
         moons_batch([])
-    with pytest.raises(ValueError, match="seed must be an integer >= 0, got 0.5"):
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0, got 0.5"):
         moons_mlp(0.5)
 
 
@@ -269,12 +269,12 @@ def test_moons_batch_and_mlp_refuse():
         ({"y": torch.zeros(2, 19, dtype=torch.int64)}, r"y \(2, 19\)"),
         ({"x": torch.zeros(2, 20, 2)}, "got x torch.float32, y torch.int64 and models in"),
         ({"y": torch.zeros(2, 20)}, "y torch.float32"),
-        ({"epochs": -1}, "epochs must be an integer >= 0, got -1"),
-        ({"epochs": 1.5}, "epochs must be an integer >= 0, got 1.5"),
-        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
-        ({"lr": 0}, "lr must be a finite number > 0, got 0"),
-        ({"lr": float("nan")}, "lr must be a finite number > 0, got nan"),
-        ({"seed": -3}, "seed must be an integer >= 0, got -3"),
+        ({"epochs": -1}, "epochs must be an integer of at least 0, got -1"),
+        ({"epochs": 1.5}, "epochs must be an integer of at least 0, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"lr": -1e-3}, "lr must be a finite number of at least 0, got -0.001"),
+        ({"lr": float("nan")}, "lr must be a finite number of at least 0, got nan"),
+        ({"seed": -3}, "seed must be an integer of at least 0, got -3"),
     ],
 )
 def test_train_refuses_before_it_changes_anything(change, message):
