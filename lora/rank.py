@@ -36,7 +36,7 @@ def training_bytes(
     gradient and two moments (AdamW's m and v); a frozen one costs its weight alone. With the
     defaults that is 16 bytes against 4. Activations, which depend on the batch, are not counted.
     """
-    for name, value in locals().items():
+    for name, value in list(locals().items()):
         check_number(name, value, least=0)
     return {
         "weights": trainable * weight_bytes + frozen * frozen_bytes,
@@ -92,40 +92,41 @@ def rank_for_energy(matrix, share=0.9):
 
 
 class RandomSubspace(nn.Module):
-    """`model` moved along d random directions of all its D parameters (Li et al. 2018, section 2).
+    """`model`, moved along d random directions of all its D parameters.
 
-    Its parameters are theta = theta_0 + P z. theta_0 (D,) are those of `model`, which is kept,
-    not copied, and frozen. P (D, d) is Gaussian, drawn from `seed`, with columns of length one.
-    z (d,) starts at zero and is all that trains. P takes dtype and device of the parameters
-    and costs D · d numbers. Raises ValueError if `dimension` is not an integer from 1 to D,
-    TypeError if the parameters are not all of one floating-point dtype.
+    Li et al. 2018, section 2: the parameters are theta = theta_0 + P z. theta_0 (D,) are those
+    of `model`, which is kept, not copied, and frozen. P (D, d) is Gaussian, drawn from `seed`,
+    with columns of length one. z (d,) starts at zero and is all that trains. P takes dtype and
+    device of the parameters and costs D · d numbers. Raises ValueError if `dimension` is not an
+    integer from 1 to D or `seed` not one from 0, TypeError if `model` is not a module or its
+    parameters are not all of one floating-point dtype.
     """
 
     def __init__(self, model, dimension, seed=0):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         parameters = list(model.parameters())
-        dtypes = {p.dtype for p in parameters}
+        dtypes = sorted({str(p.dtype) for p in parameters})
         if len(dtypes) != 1 or not parameters[0].is_floating_point():
-            raise TypeError(
-                f"the parameters must share one float dtype, got {sorted(map(str, dtypes))}"
-            )
+            raise TypeError(f"the parameters must share one float dtype, got {dtypes}")
         check_number("dimension", dimension, least=1, kind=Integral)
+        check_number("seed", seed, least=0, kind=Integral)
         total = sum(p.numel() for p in parameters)
         if dimension > total:
-            raise ValueError(f"dimension must be at most {total}, the parameters, got {dimension}")
+            raise ValueError(f"dimension must be at most {total}, got {dimension}")
         freeze_all(model)
         self.model = model
         generator = torch.Generator().manual_seed(seed)
         P = torch.randn(total, dimension, generator=generator, dtype=torch.float64)
-        P = (P / P.norm(dim=0)).to(parameters[0])
-        self.register_buffer("P", P)
-        self.z = nn.Parameter(torch.zeros_like(P[0]))
+        self.register_buffer("P", (P / P.norm(dim=0)).to(parameters[0]))
+        self.z = nn.Parameter(torch.zeros_like(self.P[0]))
 
     def theta(self):
         """theta_0 + P z, as a dict from parameter name to tensor."""
         named = dict(self.model.named_parameters())
-        steps = (self.P @ self.z).split([p.numel() for p in named.values()])
-        return {name: p + step.view_as(p) for (name, p), step in zip(named.items(), steps)}
+        moves = (self.P @ self.z).split([p.numel() for p in named.values()])
+        return {name: p + move.view_as(p) for (name, p), move in zip(named.items(), moves)}
 
     def forward(self, *inputs):
         return functional_call(self.model, self.theta(), inputs)
@@ -133,13 +134,13 @@ class RandomSubspace(nn.Module):
 
 def lora_parameters(d_in, d_out, rank):
     """Number of entries of A (rank, d_in) and B (d_out, rank) together."""
-    for name, value in locals().items():
+    for name, value in {"d_in": d_in, "d_out": d_out, "rank": rank}.items():
         check_number(name, value, least=1, kind=Integral)
     return rank * (d_in + d_out)
 
 
 def break_even_rank(d_in, d_out):
     """The rank, as a float, at which A and B have as many entries as W (d_out, d_in)."""
-    for name, value in locals().items():
+    for name, value in {"d_in": d_in, "d_out": d_out}.items():
         check_number(name, value, least=1, kind=Integral)
     return d_in * d_out / (d_in + d_out)

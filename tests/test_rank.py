@@ -1,0 +1,306 @@
+"""`lora.rank` against numpy, PyTorch's own bookkeeping, the chain rule and counts by hand."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+from lora import LoRALinear, count_trainable
+from lora.moons import moons_mlp, train, two_moons
+from lora.rank import (
+    RandomSubspace,
+    break_even_rank,
+    check_number,
+    energy,
+    lora_parameters,
+    rank_for_energy,
+    training_bytes,
+    truncate,
+)
+
+
+def matrix(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def known(values, m=7, n=5, seed=0):
+    """An m x n matrix with these singular values, built from QR factors."""
+    U = torch.linalg.qr(matrix(m, len(values), seed=seed))[0]
+    V = torch.linalg.qr(matrix(n, len(values), seed=seed + 1))[0]
+    return U * torch.tensor(values, dtype=torch.float64) @ V.T
+
+
+# The bill
+
+BYTES = ("weight_bytes", "frozen_bytes", "gradient_bytes", "moment_bytes")
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_training_bytes_are_those_of_a_real_adamw_step(dtype, size):
+    layers = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).to(dtype)
+    layers[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(layers.parameters())
+    layers(torch.ones(2, 5, dtype=dtype)).sum().backward()
+    optimizer.step()
+
+    def size_of(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    bill = training_bytes(7 * 3 + 3, frozen=5 * 7 + 7, **dict.fromkeys(BYTES, size))
+    assert bill == {
+        "weights": size_of(layers.parameters()),
+        "gradients": size_of(p.grad for p in layers.parameters() if p.grad is not None),
+        "AdamW m and v": size_of(moments),
+    }
+
+
+def test_each_size_has_its_own_line():
+    bill = training_bytes(
+        10, 100, weight_bytes=2, frozen_bytes=0.5, gradient_bytes=3, moment_bytes=7
+    )
+    assert bill == {"weights": 20 + 50, "gradients": 30, "AdamW m and v": 140}
+    assert training_bytes(1, 1) == {"weights": 8, "gradients": 4, "AdamW m and v": 8}
+    assert training_bytes(7e9)["AdamW m and v"] == 56e9  # the series' 7B figure
+
+
+@pytest.mark.parametrize("name", ("trainable", "frozen", *BYTES))
+@pytest.mark.parametrize("value", (-1, math.inf, math.nan, "4", None, True))
+def test_training_bytes_refuses(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0"):
+        training_bytes(**{"trainable": 1, name: value})
+
+
+# The best approximation
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5), (2, 3, 6, 4)])
+def test_truncate_equals_numpy_and_has_its_rank(shape):
+    M = matrix(*shape)
+    U, S, Vh = np.linalg.svd(M.numpy(), full_matrices=False)
+    for k in range(min(shape[-2:]) + 1):
+        expected = np.einsum("...ik,...k,...kj->...ij", U[..., :k], S[..., :k], Vh[..., :k, :])
+        got = truncate(M, k)
+        np.testing.assert_allclose(got, expected, atol=1e-12)
+        assert got.shape == M.shape and got.dtype == M.dtype
+        assert (torch.linalg.matrix_rank(got) == k).all()
+    torch.testing.assert_close(truncate(M, 100), M)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 8), st.integers(1, 8), st.integers(0, 8), st.integers(0, 10**6), st.floats(-6, 1)
+)
+def test_no_competitor_beats_truncate(m, n, k, seed, exponent):
+    M, nudge = matrix(m, n, seed=seed), 10**exponent
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    k = min(k, m, n)
+    B = U[:, :k] * S[:k] + nudge * matrix(m, k, seed=seed + 1)
+    A = Vh[:k] + nudge * matrix(k, n, seed=seed + 2)
+    best = (M - truncate(M, k)).norm()
+    assert best <= (M - B @ A).norm() + 1e-12
+    assert best.item() == pytest.approx(S[k:].norm().item(), abs=1e-12)
+
+
+def test_energy_is_one_minus_the_relative_error_of_truncate():
+    M = matrix(3, 6, 4)
+    for k in range(1, 5):
+        error = (M - truncate(M, k)).norm(dim=(1, 2)) ** 2 / M.norm(dim=(1, 2)) ** 2
+        torch.testing.assert_close(energy(M)[:, k - 1], 1 - error)
+
+
+@pytest.mark.parametrize("scale", (1e-200, 1.0, 1e200))
+def test_energy_of_known_singular_values(scale):
+    kept = energy(known([4, 2, 1]) * scale)
+    expected = torch.tensor([16, 20, 21, 21, 21], dtype=torch.float64) / 21
+    torch.testing.assert_close(kept, expected)
+    assert kept[-1] == 1
+
+
+def test_rank_for_energy_of_known_singular_values():
+    M = known([4, 2, 1])  # shares 0.762, 0.952, 1
+    shares = {0.01: 1, 0.76: 1, 0.77: 2, 0.9: 2, 0.95: 2, 0.96: 3, 0.999: 3}
+    assert {s: rank_for_energy(M, s).item() for s in shares} == shares
+    batch = rank_for_energy(torch.stack([M, known([1, 1, 1, 1, 1]), known([9])]))
+    assert batch.tolist() == [2, 5, 1] and batch.dtype == torch.int64
+
+
+@pytest.mark.parametrize("function", (lambda M: truncate(M, 1), energy, rank_for_energy))
+def test_bad_matrices_are_refused(function):
+    for bad in ([[1.0]], np.eye(2), torch.eye(2, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="matrix must be a floating-point tensor"):
+            function(bad)
+    for bad in (torch.ones(3), torch.ones(0, 3), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"matrix must have shape \(\.\.\., m, n\)"):
+            function(bad)
+    for bad in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="matrix must be finite"):
+            function(torch.tensor([[1.0, bad]]))
+
+
+def test_bad_rank_share_and_zero_are_refused():
+    for rank in (-1, 1.0, True, "1", None):
+        with pytest.raises(ValueError, match="rank must be an integer of at least 0"):
+            truncate(torch.eye(2), rank)
+    for share in (0, 1, 1.5):
+        with pytest.raises(ValueError, match="share must lie strictly between 0 and 1"):
+            rank_for_energy(torch.eye(2), share)
+    with pytest.raises(ValueError, match="share must be a finite number"):
+        rank_for_energy(torch.eye(2), math.nan)
+    with pytest.raises(ValueError, match="a matrix of zeros"):
+        energy(torch.stack([torch.eye(2), torch.zeros(2, 2)]))
+
+
+# The random subspace
+
+
+def small_model(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+
+
+def test_random_subspace_starts_as_the_model_and_trains_z_alone():
+    model, x = small_model(), matrix(5, 3)
+    before = model(x).detach()
+    subspace = RandomSubspace(model, 6, seed=1)
+    assert torch.equal(subspace(x), before)
+    assert subspace.model is model and not any(p.requires_grad for p in model.parameters())
+    assert [n for n, p in subspace.named_parameters() if p.requires_grad] == ["z"]
+    assert count_trainable(subspace) == 6 and subspace.P.shape == (26, 6)
+    torch.testing.assert_close(subspace.P.norm(dim=0), torch.ones(6, dtype=torch.float64))
+
+
+def test_random_subspace_is_theta0_plus_P_z():
+    model, x = small_model(), matrix(5, 3)
+    start = parameters_to_vector(model.parameters()).detach().numpy()
+    subspace = RandomSubspace(model, 6)
+    with torch.no_grad():
+        subspace.z.copy_(matrix(6))
+    theta = start + subspace.P.numpy() @ matrix(6).numpy()
+    W1, b1, W2, b2 = np.split(theta, [12, 16, 24])
+    h = np.tanh(x.numpy() @ W1.reshape(4, 3).T + b1)
+    np.testing.assert_allclose(subspace(x).detach(), h @ W2.reshape(2, 4).T + b2, atol=1e-12)
+    moved = torch.cat([t.flatten() for t in subspace.theta().values()])
+    np.testing.assert_allclose(moved.detach(), theta, atol=1e-12)
+    assert list(subspace.theta()) == [name for name, _ in model.named_parameters()]
+
+
+def test_gradient_of_z_is_the_projected_gradient_of_the_parameters():
+    model, x = small_model(), matrix(5, 3)
+    gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    subspace = RandomSubspace(model, 4, seed=2)
+    subspace(x).square().sum().backward()
+    expected = subspace.P.T @ torch.cat([g.flatten() for g in gradients])
+    torch.testing.assert_close(subspace.z.grad, expected)
+
+
+def test_random_subspace_depends_on_its_seed_only():
+    draws = [RandomSubspace(small_model(), 3, seed=s).P for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    model, expected = small_model(), torch.random.get_rng_state()
+    RandomSubspace(model, 3)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+
+
+def test_random_subspace_takes_the_models_dtype():
+    assert RandomSubspace(small_model(torch.bfloat16), 3).z.dtype == torch.bfloat16
+
+
+def test_a_full_random_basis_can_reach_any_parameters():
+    """With d = D the subspace is everything: training in it is training."""
+    model = nn.Linear(2, 1, dtype=torch.float64)
+    subspace = RandomSubspace(model, 3)
+    goal = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
+    start = parameters_to_vector(model.parameters())
+    with torch.no_grad():
+        subspace.z.copy_(torch.linalg.solve(subspace.P, goal - start))
+    x = matrix(4, 2)
+    torch.testing.assert_close(subspace(x), x @ goal[:2, None] + goal[2])
+
+
+def test_random_subspaces_train_as_a_stack_as_they_do_one_by_one():
+    x, y = (torch.stack(v) for v in zip(*(two_moons(60, seed=s) for s in (0, 1))))
+
+    def subspaces():
+        return [RandomSubspace(moons_mlp(s), 5, seed=s) for s in (0, 1)]
+
+    together, alone = subspaces(), subspaces()
+    train(together, x, y, epochs=3, lr=0.1)
+    for i, model in enumerate(alone):
+        train([model], x[i : i + 1], y[i : i + 1], epochs=3, lr=0.1)
+        torch.testing.assert_close(together[i].z, model.z, atol=1e-10, rtol=0)
+        assert model.z.abs().min() > 0
+        assert torch.equal(model.model[0].weight, moons_mlp(i)[0].weight)
+
+
+def test_random_subspace_refuses():
+    for dimension in (0, -1, 2.0, True, None):
+        with pytest.raises(ValueError, match="dimension must be an integer of at least 1"):
+            RandomSubspace(small_model(), dimension)
+    with pytest.raises(ValueError, match="dimension must be at most 26, got 27"):
+        RandomSubspace(small_model(), 27)
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0"):
+        RandomSubspace(small_model(), 2, seed=-1)
+    with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
+        RandomSubspace([1.0], 1)
+    mixed = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).double())
+    for model in (nn.Tanh(), mixed):
+        with pytest.raises(TypeError, match="must share one float dtype"):
+            RandomSubspace(model, 1)
+    assert all(p.requires_grad for p in mixed.parameters())  # refused before any change
+
+
+# The counts
+
+
+@pytest.mark.parametrize("d_in, d_out, rank", [(2, 128, 2), (128, 128, 8), (3, 5, 1)])
+def test_lora_parameters_are_those_of_a_lora_layer(d_in, d_out, rank):
+    layer = LoRALinear(nn.Linear(d_in, d_out), rank=rank)
+    assert lora_parameters(d_in, d_out, rank) == count_trainable(layer)
+
+
+def test_the_series_counts():
+    shapes = [(2, 128), (128, 128), (128, 128), (128, 2)]
+    counts = [sum(lora_parameters(*s, r) for s in shapes) for r in (2, 4, 8)]
+    assert counts == [1544, 3088, 6176]
+    assert 4096**2 / lora_parameters(4096, 4096, 8) == 256
+    assert lora_parameters(2, 128, 2) == 260
+
+
+@pytest.mark.parametrize("d_in, d_out", [(2, 128), (64, 64), (8192, 1024), (1, 1)])
+def test_lora_costs_more_exactly_above_the_break_even_rank(d_in, d_out):
+    limit = break_even_rank(d_in, d_out)
+    for rank in range(1, math.ceil(limit) + 2):
+        assert (lora_parameters(d_in, d_out, rank) > d_in * d_out) == (rank > limit)
+
+
+@pytest.mark.parametrize("bad", (0, -1, 2.0, True, "2"))
+def test_counts_refuse(bad):
+    for i, name in enumerate(("d_in", "d_out", "rank")):
+        arguments = [2, 2, 2]
+        arguments[i] = bad
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+            lora_parameters(*arguments)
+        if name != "rank":
+            with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1"):
+                break_even_rank(*arguments[:2])
+
+
+def test_check_number_accepts_and_says_what_it_was_given():
+    for value in (0, 0.5, np.float64(2), np.int64(3)):
+        check_number("x", value, least=0)
+    check_number("x", -3, least=-math.inf)
+    with pytest.raises(ValueError, match="x must be a finite number of at least 1, got 0.5"):
+        check_number("x", 0.5, least=1)
+
+
+def test_rank_loads_neither_matplotlib_nor_sklearn():
+    code = "import sys, lora.rank; sys.exit(bool({'matplotlib', 'sklearn'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
