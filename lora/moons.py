@@ -8,6 +8,7 @@ by default, so that results agree between machines. scikit-learn is loaded on th
 """
 
 import math
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -108,33 +109,32 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
     check_number("batch_size", batch_size, least=1, kind=Integral)
     check_number("seed", seed, least=0, kind=Integral)
     check_number("lr", lr, least=0)
-    state = stack_module_state(models)  # every parameter gains a first dimension of size S
-    trainable = {name: p for name, p in state[0].items() if p.requires_grad}
+    params, buffers = stack_module_state(models)  # all gain a first dimension of size S
+    for name, p in params.items():
+        if p.dim() == 3:  # stored as backward() lays out a matrix's gradient: spares a copy
+            params[name] = p.detach().mT.contiguous().mT.requires_grad_(p.requires_grad)
+    trainable = {name: p for name, p in params.items() if p.requires_grad}
     if not trainable:
         raise ValueError("no parameter requires a gradient: nothing to train")
-    forward = vmap(lambda state, x: functional_call(models[0], state, (x,)))
+    network = vmap(lambda state, x: functional_call(models[0], state, (x,)))
+    forward = partial(network, (params, buffers))
     # fused: one pass over memory. It needs gradients laid out as their parameters are, which
     # backward() ensures; handed those of torch.autograd.grad, it updates the wrong entries.
     optimizer = torch.optim.AdamW(trainable.values(), lr=lr, fused=True)
     order = torch.Generator().manual_seed(seed)
-
-    @torch.no_grad()
-    def predict(x):
-        return forward(state, x)
-
     losses = torch.zeros(len(models), epochs, dtype=x.dtype)
     for epoch in range(epochs):
-        for rows in torch.randperm(x.shape[1], generator=order).split(batch_size):
-            logits = forward(state, x[:, rows])
-            loss = nn.functional.cross_entropy(
-                logits.transpose(1, 2), y[:, rows], reduction="none"
-            ).mean(1)
+        rows = torch.randperm(x.shape[1], generator=order)
+        batches = (t[:, rows].split(batch_size, dim=1) for t in (x, y))
+        for points, labels in zip(*batches):
+            logits = forward(points).transpose(1, 2)  # cross_entropy wants (S, classes, n)
+            loss = nn.functional.cross_entropy(logits, labels, reduction="none")
             optimizer.zero_grad()
-            loss.sum().backward()
+            loss.mean(1).sum().backward()
             optimizer.step()
-            losses[:, epoch] += loss.detach() * len(rows) / x.shape[1]
+            losses[:, epoch] += loss.detach().sum(1) / x.shape[1]
         if after_epoch is not None:
-            after_epoch(epoch + 1, predict)
+            after_epoch(epoch + 1, torch.no_grad()(forward))
     with torch.no_grad():
         for i, model in enumerate(models):
             for name, p in model.named_parameters():

@@ -121,7 +121,7 @@ def test_network_depends_on_its_seed_alone_and_leaves_the_global_one():
 # --- train -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("rank", [None, 1, 3])
 @pytest.mark.parametrize("batch_size", [64, 40, 1000])
 def test_training_together_is_training_one_by_one(rank, batch_size):
     seeds = [11, 12, 13]
