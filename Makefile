@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard book/*.ipynb)
 
-.PHONY: help book test lab clean
+.PHONY: help book test sync run lab clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -23,6 +23,12 @@ book: .venv/installed  ## build the book; a warning is an error
 test: .venv/installed  ## run the unit tests, then every notebook cell against its stored output
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env $(NOTEBOOKS)
+
+sync: .venv/installed  ## rewrite the listings in the chapters from lora/
+	$(BIN)/python tests/listings.py sync
+
+run: .venv/installed  ## sync, execute the chapters and store their outputs (ONLY=NAME for one)
+	$(BIN)/python tests/listings.py run $(ONLY)
 
 lab: .venv/installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book
