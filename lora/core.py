@@ -1,7 +1,7 @@
 """LoRA for `torch.nn.Linear` layers: wrap, inject, count, merge.
 
-A frozen layer computes W x + b, with W of shape (d_out, d_in). Low-rank adaptation trains
-an update of rank r beside it (Hu et al. 2021, arXiv:2106.09685, section 4.1):
+A frozen layer computes W x + b, with W of shape (d_out, d_in). Low-rank adaptation
+trains an update of rank r beside it (Hu et al. 2021, arXiv:2106.09685, section 4.1):
 
     y = W x + b + (alpha / r) B A x        A: (r, d_in)    B: (d_out, r)
 
@@ -24,12 +24,12 @@ def freeze_all(module):
 
 
 def count_trainable(module):
-    """Number of parameter entries that receive a gradient; a shared parameter counts once."""
+    """Number of entries of all trainable parameters; a shared one counts once."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def count_total(module):
-    """Number of parameter entries, frozen ones included; a shared parameter counts once."""
+    """Number of entries of all parameters, frozen or not; a shared one counts once."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -38,7 +38,9 @@ def check_settings(base, rank, alpha):
     if not isinstance(base, nn.Linear):
         raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
     if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
-        raise TypeError(f"base.weight must be a float nn.Parameter, got {base.weight.dtype}")
+        raise TypeError(
+            f"base.weight must be a float nn.Parameter, got {base.weight.dtype}"
+        )
     if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
     if not isinstance(alpha, Real) or not math.isfinite(alpha):
@@ -46,13 +48,14 @@ def check_settings(base, rank, alpha):
 
 
 class LoRALinear(nn.Module):
-    """A frozen `nn.Linear` plus a trainable update of rank r (Hu et al. 2021, section 4.1).
+    """A frozen `nn.Linear` plus a trainable update of rank r (Hu et al. 2021, §4.1).
 
-    Maps x of shape (..., d_in) to x Wᵀ + b + (x Aᵀ · alpha / r) Bᵀ, of shape (..., d_out).
-    A is (r, d_in) with entries from N(0, 1/r²); B is (d_out, r) and zero, so the wrapper starts
-    out equal to `base`. Both take dtype and device of `base.weight`. `base` itself is kept, not
-    copied, and frozen. Raises TypeError if `base` is not an `nn.Linear` with a floating-point
-    weight, ValueError if `rank` is not a positive integer or `alpha` not finite.
+    Maps x of shape (..., d_in) to x Wᵀ + b + (x Aᵀ · alpha / r) Bᵀ, of shape (...,
+    d_out). A is (r, d_in) with entries from N(0, 1/r²); B is (d_out, r) and zero, so
+    the wrapper starts out equal to `base`. Both take dtype and device of `base.weight`.
+    `base` itself is kept, not copied, and frozen. Raises TypeError if `base` is not an
+    `nn.Linear` with a floating-point weight, ValueError if `rank` is not a positive
+    integer or `alpha` not finite.
     """
 
     def __init__(self, base: nn.Linear, rank: int = 4, alpha: float = 8.0):
@@ -71,7 +74,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """W + (alpha / rank) B A, shape (d_out, d_in), for code that reads `layer.weight`."""
+        """W + (alpha / rank) B A, (d_out, d_in), for code that reads `layer.weight`."""
         return torch.addmm(self.base.weight, self.B, self.A, alpha=self.scale)
 
     @property
@@ -84,23 +87,25 @@ class LoRALinear(nn.Module):
 
 
 def find(module, kind):
-    """Name -> submodule, for those of type `kind`; one with two names stands under both."""
+    """Name -> submodule of type `kind`; one with two names stands under both."""
     named = module.named_modules(remove_duplicate=False)
     return {name: m for name, m in named if isinstance(m, kind)}
 
 
 def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0):
-    """Replace every `target_class` layer inside `module`, in place; return the new wrappers.
+    """Wrap every `target_class` layer in `module`, in place; return the new wrappers.
 
-    `target_class` is nn.Linear or a subclass of it. A layer that has several names gets one
-    wrapper under all of them. A layer that is wrapped already is left alone, so that a second
-    call changes nothing and returns []. Parameters outside the wrapped layers keep their
-    `requires_grad`: call `freeze_all(module)` first to train the adapters alone.
-    All checks come before the first change. Raises ValueError if `module` is itself such a
-    layer or contains none, and whatever `LoRALinear` raises.
+    `target_class` is nn.Linear or a subclass of it. A layer that has several names gets
+    one wrapper under all of them. A layer that is wrapped already is left alone, so
+    that a second call changes nothing and returns []. Parameters outside the wrapped
+    layers keep their `requires_grad`: call `freeze_all(module)` first to train the
+    adapters alone. All checks come before the first change. Raises ValueError if
+    `module` is itself such a layer or contains none, and whatever `LoRALinear` raises.
     """
     if isinstance(module, target_class):
-        raise ValueError(f"cannot replace the root {type(module).__name__}: use LoRALinear(module)")
+        raise ValueError(
+            f"cannot replace the root {type(module).__name__}: use LoRALinear(module)"
+        )
     found = find(module, target_class)
     if not found:
         raise ValueError(f"no {target_class} found in {type(module).__name__}")
@@ -116,13 +121,14 @@ def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0):
 
 
 def merge_lora(module):
-    """Fold adapters into weights: of a LoRALinear make an `nn.Linear`, of a model the plain model.
+    """Fold adapters into weights: a LoRALinear becomes an `nn.Linear`, a model plain.
 
-    Given a LoRALinear, returns a copy of its base with weight W + (alpha / rank) B A, in the
-    base's dtype; the wrapper and its base stay as they are. Given any other module, replaces
-    each wrapper inside it by such a copy, in place, and returns the module: layer types,
-    `state_dict` keys and parameter count are the base model's again. Merged layers are frozen.
-    Raises ValueError, before any change, if other parts of the model use a base weight too.
+    Given a LoRALinear, returns a copy of its base with weight W + (alpha / rank) B A,
+    in the base's dtype; the wrapper and its base stay as they are. Given any other
+    module, replaces each wrapper inside it by such a copy, in place, and returns the
+    module: layer types, `state_dict` keys and parameter count are the base model's
+    again. Merged layers are frozen. Raises ValueError, before any change, if other
+    parts of the model use a base weight too.
     """
     if isinstance(module, LoRALinear):
         merged = copy.deepcopy(module.base)
@@ -134,7 +140,9 @@ def merge_lora(module):
         uses.update([*m.children(), *m.parameters(recurse=False)])
     for name, layer in wrappers.items():
         if max(uses[layer.base], uses[layer.base.weight]) > 1:
-            raise ValueError(f"cannot merge {name}: another module uses its base weight too")
+            raise ValueError(
+                f"cannot merge {name}: another module uses its base weight too"
+            )
     merged = {layer: merge_lora(layer) for layer in dict.fromkeys(wrappers.values())}
     for name, layer in wrappers.items():
         module.set_submodule(name, merged[layer])

@@ -1,10 +1,10 @@
-"""The rotated two-moons task: data, network, a training loop over many seeds, evaluation.
+"""The rotated two-moons task: data, network, training over many seeds, evaluation.
 
-A network is trained on two interleaved half circles and then adapted to the same two half
-circles rotated by 45 degrees. Chapter 3 of the book runs this experiment. Points are (n, 2)
-tensors without a unit, labels are 0 or 1 in int64, angles are in degrees. Everything is float64
-by default, so that results agree between machines. scikit-learn is loaded on the first call of
-`two_moons` and not before.
+A network is trained on two interleaved half circles and then adapted to the same two
+half circles rotated by 45 degrees. Chapter 3 of the book runs this experiment. Points
+are (n, 2) tensors without a unit, labels are 0 or 1 in int64, angles are in degrees.
+Everything is float64 by default, so that results agree between machines. scikit-learn
+is loaded on the first call of `two_moons` and not before.
 """
 
 import math
@@ -19,12 +19,12 @@ from lora.rank import check_number
 
 
 def two_moons(n=1000, noise=0.15, degrees=0.0, seed=0, dtype=torch.float64):
-    """Draw n points of two interleaved half circles: x (n, 2) in `dtype`, y (n,) in int64.
+    """Draw n points of two interleaved half circles: x (n, 2) in `dtype`, y (n,) int64.
 
-    scikit-learn's `make_moons` with Gaussian noise of standard deviation `noise`, then rotated
-    by `degrees` counter-clockwise about the origin, without centering. The same seed gives the
-    same points at every angle, up to the rotation. Raises ValueError for n < 2, a negative or
-    non-finite noise, a non-finite angle, a negative seed.
+    scikit-learn's `make_moons` with Gaussian noise of standard deviation `noise`, then
+    rotated by `degrees` counter-clockwise about the origin, without centering. The same
+    seed gives the same points at every angle, up to the rotation. Raises ValueError for
+    n < 2, a negative or non-finite noise, a non-finite angle, a negative seed.
     """
     from sklearn.datasets import make_moons
 
@@ -50,8 +50,9 @@ def moons_batch(seeds, n=1000, noise=0.15, degrees=0.0, dtype=torch.float64):
 def moons_mlp(seed=0, dtype=torch.float64):
     """The series' network, 2 -> 128 -> 128 -> 128 -> 2 with tanh: 33,666 parameters.
 
-    PyTorch's default initialization, drawn from `seed` in float32 and then converted, so that
-    every dtype starts from the same weights. The global random state stays as it was.
+    PyTorch's default initialization, drawn from `seed` in float32 and then converted,
+    so that every dtype starts from the same weights. The global random state stays as
+    it was.
     """
     check_number("seed", seed, least=0, kind=Integral)
     with torch.random.fork_rng(devices=[]):
@@ -68,41 +69,45 @@ def check_stack(models, x, y):
         raise ValueError("models must hold at least one model, got none")
 
     def layout(model):
-        return [(k, p.shape, p.dtype, p.requires_grad) for k, p in model.named_parameters()]
+        return [
+            (k, p.shape, p.dtype, p.requires_grad) for k, p in model.named_parameters()
+        ]
 
     if len({id(m) for m in models}) < len(models):
         raise ValueError("models holds one model twice: use copy.deepcopy")
     for i, model in enumerate(models):
         if layout(model) != layout(models[0]):
             raise ValueError(f"models[{i}] and models[0] differ in their parameters")
-    if x.dim() != 3 or x.shape[1] == 0 or x.shape[:2] != y.shape or len(x) != len(models):
+    n = y.shape[-1] if y.dim() else 0
+    if n == 0 or not x.shape[:-1] == y.shape == (len(models), n):
         raise ValueError(
-            f"for {len(models)} models, x must be ({len(models)}, n, d) and y ({len(models)}, n) "
-            f"with n >= 1, got x {tuple(x.shape)} and y {tuple(y.shape)}"
+            f"for {len(models)} models, x must be ({len(models)}, n, d) and y "
+            f"({len(models)}, n), n >= 1, got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     kinds = {p.dtype for p in models[0].parameters()}
     if kinds != {x.dtype} or y.dtype != torch.int64:
         raise ValueError(
-            f"x must have the models' dtype and y int64, got x {x.dtype}, y {y.dtype} and "
-            f"models in {', '.join(sorted(map(str, kinds)))}"
+            f"x must have the models' dtype and y int64, got x {x.dtype}, y {y.dtype} "
+            f"and models in {', '.join(sorted(map(str, kinds)))}"
         )
     return models
 
 
 def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=None):
-    """Train S models of one architecture at the same time, in place: model i on x[i], y[i].
+    """Train S models of one architecture together, in place: model i on x[i], y[i].
 
-    x is (S, n, d) in the models' dtype, y is (S, n) in int64. Minimizes the mean cross-entropy of
-    each batch with AdamW (PyTorch's defaults but for `lr`; weight decay 0.01) over the parameters
-    that require a gradient; the others stay as they are, bit for bit. `seed` draws the order of
-    the rows, anew in each epoch and the same for all models. The models' losses are summed, and
-    AdamW works entry by entry, so that no model influences another: the result is that of S
-    separate runs up to rounding.
+    x is (S, n, d) in the models' dtype, y is (S, n) in int64. Minimizes the mean
+    cross-entropy of each batch with AdamW (PyTorch's defaults but for `lr`; weight
+    decay 0.01) over the parameters that require a gradient; the others stay as they
+    are, bit for bit. `seed` draws the order of the rows, anew in each epoch and the
+    same for all models. The models' losses are summed, and AdamW works entry by entry,
+    so that no model influences another: the result is that of S separate runs up to
+    rounding.
 
-    After each epoch calls `after_epoch(epoch, predict)`, if given: `epoch` counts from 1, and
-    `predict` maps (S, m, d) to the logits (S, m, classes) of the models as they are then.
-    Returns the mean training loss of each epoch, (S, epochs). Raises ValueError for arguments
-    that do not fit together, before any training.
+    After each epoch calls `after_epoch(epoch, predict)`, if given: `epoch` counts from
+    1, and `predict` maps (S, m, d) to the logits (S, m, classes) of the models as they
+    are then. Returns the mean training loss of each epoch, (S, epochs). Raises
+    ValueError for arguments that do not fit together, before any training.
     """
     models = check_stack(models, x, y)
     check_number("epochs", epochs, least=0, kind=Integral)
@@ -111,15 +116,16 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
     check_number("lr", lr, least=0)
     params, buffers = stack_module_state(models)  # all gain a first dimension of size S
     for name, p in params.items():
-        if p.dim() == 3:  # stored as backward() lays out a matrix's gradient: spares a copy
+        if p.dim() == 3:  # laid out as backward() lays out a gradient: spares a copy
             params[name] = p.detach().mT.contiguous().mT.requires_grad_(p.requires_grad)
     trainable = {name: p for name, p in params.items() if p.requires_grad}
     if not trainable:
         raise ValueError("no parameter requires a gradient: nothing to train")
     network = vmap(lambda state, x: functional_call(models[0], state, (x,)))
     forward = partial(network, (params, buffers))
-    # fused: one pass over memory. It needs gradients laid out as their parameters are, which
-    # backward() ensures; handed those of torch.autograd.grad, it updates the wrong entries.
+    # fused: one pass over memory. It needs gradients laid out as their parameters are,
+    # which backward() ensures; handed those of torch.autograd.grad, it updates the
+    # wrong entries.
     optimizer = torch.optim.AdamW(trainable.values(), lr=lr, fused=True)
     order = torch.Generator().manual_seed(seed)
     losses = torch.zeros(len(models), epochs, dtype=x.dtype)
@@ -127,7 +133,9 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
         rows = torch.randperm(x.shape[1], generator=order)
         batches = (t[:, rows].split(batch_size, dim=1) for t in (x, y))
         for points, labels in zip(*batches):
-            logits = forward(points).transpose(1, 2)  # cross_entropy wants (S, classes, n)
+            logits = forward(points).transpose(
+                1, 2
+            )  # cross_entropy wants (S, classes, n)
             loss = nn.functional.cross_entropy(logits, labels, reduction="none")
             optimizer.zero_grad()
             loss.mean(1).sum().backward()
@@ -145,17 +153,20 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
 
 @torch.no_grad()
 def accuracy(models, x, y):
-    """Fraction of x[i] (n, d) that model i assigns to its class y[i] (n,); shape (S,)."""
+    """Fraction of x[i] (n, d) that model i assigns to its class y[i] (n,): (S,)."""
     models = check_stack(models, x, y)
-    correct = [model(points).argmax(-1) == labels for model, points, labels in zip(models, x, y)]
+    correct = [
+        model(points).argmax(-1) == labels
+        for model, points, labels in zip(models, x, y)
+    ]
     return torch.stack(correct).double().mean(1)
 
 
 def pretrained(seeds, n=1000, noise=0.15, epochs=60, lr=1e-3):
-    """The base models of the experiment, one a seed, and the source data they were trained on.
+    """The base models of the experiment, one a seed, and the data they learned from.
 
-    Model i is `moons_mlp(seeds[i])`, trained on `two_moons(n, noise, seed=seeds[i])`. Returns
-    (models, x, y), with x of shape (S, n, 2) and y of shape (S, n).
+    Model i is `moons_mlp(seeds[i])`, trained on `two_moons(n, noise, seed=seeds[i])`.
+    Returns (models, x, y), with x of shape (S, n, 2) and y of shape (S, n).
     """
     seeds = list(seeds)
     x, y = moons_batch(seeds, n, noise)

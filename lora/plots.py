@@ -1,4 +1,4 @@
-"""One look for every figure of the book: colours that survive colour-blindness and grey, on white."""
+"""One look for all figures: colours safe for the colour-blind and in grey, on white."""
 
 import matplotlib.pyplot as plt
 from cycler import cycler
@@ -15,7 +15,7 @@ BLUE, RED, GREEN, ORANGE, SKY, GREY = (
 
 
 def use_book_style():
-    """Set matplotlib's defaults to the book's: opaque white, 150 dpi, colours paired with dashes."""
+    """Set matplotlib's defaults: opaque white, 150 dpi, colours paired with dashes."""
     lines = cycler(color=[BLUE, RED, GREEN, ORANGE, SKY, GREY])
     lines += cycler(linestyle=["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))])
     plt.rcParams.update(

@@ -1,10 +1,11 @@
 """Rank, and what training costs: the tools of Chapter 1.
 
-Shapes: a weight W is (d_out, d_in), its update BA has B (d_out, r) and A (r, d_in). Leading
-batch dimensions are allowed where a function says `(..., m, n)`.
-Sources: Eckart & Young 1936 (Psychometrika 1:211-218) for `truncate`; Hu et al. 2021
-(arXiv:2106.09685, section 4) for the counts; Li et al. 2018 (arXiv:1804.08838, section 2) for
-`RandomSubspace`. Bad arguments raise TypeError or ValueError that name the argument.
+Shapes: a weight W is (d_out, d_in), its update BA has B (d_out, r) and A (r, d_in).
+Leading batch dimensions are allowed where a function says `(..., m, n)`. Sources:
+Eckart & Young 1936 (Psychometrika 1:211-218) for `truncate`; Hu et al. 2021
+(arXiv:2106.09685, section 4) for the counts; Li et al. 2018 (arXiv:1804.08838, section
+2) for `RandomSubspace`. Bad arguments raise TypeError or ValueError that name the
+argument.
 """
 
 import math
@@ -18,7 +19,7 @@ from lora.core import freeze_all
 
 
 def check_number(name, value, least, kind=Real):
-    """Raise ValueError unless `value` is a finite number of `kind`, `least` or greater."""
+    """Raise ValueError unless `value` is a finite `kind`, `least` or greater."""
     real = isinstance(value, kind) and not isinstance(value, bool)
     if real and math.isfinite(value) and value >= least:
         return
@@ -27,14 +28,20 @@ def check_number(name, value, least, kind=Real):
 
 
 def training_bytes(
-    trainable, frozen=0, weight_bytes=4, frozen_bytes=4, gradient_bytes=4, moment_bytes=4
+    trainable,
+    frozen=0,
+    weight_bytes=4,
+    frozen_bytes=4,
+    gradient_bytes=4,
+    moment_bytes=4,
 ):
-    """Bytes that training with AdamW keeps for every parameter, as a dict of three entries.
+    """Bytes that training with AdamW keeps for its parameters: a dict of three entries.
 
-    `trainable` and `frozen` are numbers of parameters; the other arguments are bytes for one
-    number (4: float32, 2: bfloat16, 0.5: 4 bits). A trainable parameter costs its weight, its
-    gradient and two moments (AdamW's m and v); a frozen one costs its weight alone. With the
-    defaults that is 16 bytes against 4. Activations, which depend on the batch, are not counted.
+    `trainable` and `frozen` are numbers of parameters; the other arguments are bytes
+    for one number (4: float32, 2: bfloat16, 0.5: 4 bits). A trainable parameter costs
+    its weight, its gradient and two moments (AdamW's m and v); a frozen one costs its
+    weight alone. With the defaults that is 16 bytes against 4. Activations, which
+    depend on the batch, are not counted.
     """
     for name, value in list(locals().items()):
         check_number(name, value, least=0)
@@ -46,20 +53,25 @@ def training_bytes(
 
 
 def check_matrix(matrix):
-    """Raise TypeError or ValueError unless `matrix` is a finite float tensor (..., m, n)."""
+    """Raise TypeError or ValueError unless `matrix` is a finite float (..., m, n)."""
     if not isinstance(matrix, torch.Tensor) or not matrix.is_floating_point():
-        raise TypeError(f"matrix must be a floating-point tensor, got {type(matrix).__name__}")
+        raise TypeError(
+            f"matrix must be a floating-point tensor, got {type(matrix).__name__}"
+        )
     if matrix.ndim < 2 or matrix.numel() == 0:
-        raise ValueError(f"matrix must have shape (..., m, n), got {tuple(matrix.shape)}")
+        raise ValueError(
+            f"matrix must have shape (..., m, n), got {tuple(matrix.shape)}"
+        )
     if not matrix.isfinite().all():
         raise ValueError("matrix must be finite, got an entry that is inf or nan")
 
 
 def truncate(matrix, rank):
-    """The best approximation of `matrix` (..., m, n) by a matrix of rank `rank` or less.
+    """The best approximation of `matrix` (..., m, n) by one of rank `rank` or less.
 
-    "Best" is the least Frobenius norm of the difference (Eckart & Young 1936): keep the `rank`
-    largest singular values. Rank 0 gives zeros; from min(m, n) on, `matrix` up to rounding.
+    "Best" is the least Frobenius norm of the difference (Eckart & Young 1936): keep the
+    `rank` largest singular values. Rank 0 gives zeros; from min(m, n) on, `matrix` up
+    to rounding.
     """
     check_matrix(matrix)
     check_number("rank", rank, least=0, kind=Integral)
@@ -70,7 +82,8 @@ def truncate(matrix, rank):
 def energy(matrix):
     """Share of the squared Frobenius norm that the best rank-k approximation keeps.
 
-    `matrix` is (..., m, n); the result is (..., min(m, n)), entry k - 1 for rank k, rising to 1.
+    `matrix` is (..., m, n); the result is (..., min(m, n)), entry k - 1 for rank k,
+    rising to 1.
     """
     check_matrix(matrix)
     S = torch.linalg.svdvals(matrix)
@@ -81,7 +94,7 @@ def energy(matrix):
 
 
 def rank_for_energy(matrix, share=0.9):
-    """Smallest k whose rank-k approximation of `matrix` (..., m, n) keeps `share` of its energy.
+    """Smallest k such that rank k keeps `share` of the energy of `matrix` (..., m, n).
 
     `share` lies strictly between 0 and 1. Returns an int64 tensor of shape (...).
     """
@@ -94,12 +107,13 @@ def rank_for_energy(matrix, share=0.9):
 class RandomSubspace(nn.Module):
     """`model`, moved along d random directions of all its D parameters.
 
-    Li et al. 2018, section 2: the parameters are theta = theta_0 + P z. theta_0 (D,) are those
-    of `model`, which is kept, not copied, and frozen. P (D, d) is Gaussian, drawn from `seed`,
-    with columns of length one. z (d,) starts at zero and is all that trains. P takes dtype and
-    device of the parameters and costs D · d numbers. Raises ValueError if `dimension` is not an
-    integer from 1 to D or `seed` not one from 0, TypeError if `model` is not a module or its
-    parameters are not all of one floating-point dtype.
+    Li et al. 2018, section 2: the parameters are theta = theta_0 + P z. theta_0 (D,)
+    are those of `model`, which is kept, not copied, and frozen. P (D, d) is Gaussian,
+    drawn from `seed`, with columns of length one. z (d,) starts at zero and is all that
+    trains. P takes dtype and device of the parameters and costs D · d numbers. Raises
+    ValueError if `dimension` is not an integer from 1 to D or `seed` not one from 0,
+    TypeError if `model` is not a module or its parameters are not all of one
+    floating-point dtype.
     """
 
     def __init__(self, model, dimension, seed=0):
@@ -126,7 +140,9 @@ class RandomSubspace(nn.Module):
         """theta_0 + P z, as a dict from parameter name to tensor."""
         named = dict(self.model.named_parameters())
         moves = (self.P @ self.z).split([p.numel() for p in named.values()])
-        return {name: p + move.view_as(p) for (name, p), move in zip(named.items(), moves)}
+        return {
+            name: p + move.view_as(p) for (name, p), move in zip(named.items(), moves)
+        }
 
     def forward(self, *inputs):
         return functional_call(self.model, self.theta(), inputs)
@@ -140,7 +156,7 @@ def lora_parameters(d_in, d_out, rank):
 
 
 def break_even_rank(d_in, d_out):
-    """The rank, as a float, at which A and B have as many entries as W (d_out, d_in)."""
+    """The rank, a float, at which A and B have as many entries as W (d_out, d_in)."""
     for name, value in {"d_in": d_in, "d_out": d_out}.items():
         check_number(name, value, least=1, kind=Integral)
     return d_in * d_out / (d_in + d_out)

@@ -1,7 +1,8 @@
 """Listing cells are the package's source, letter for letter. `make sync` rewrites them.
 
-A cell tagged `listing` holds whole top-level definitions of its chapter's module. Which ones is
-read from the cell itself: every line that begins with `def NAME` or `class NAME`.
+A cell tagged `listing` holds whole top-level definitions of its chapter's module. Which
+ones is read from the cell itself: every line that begins with `def NAME` or `class
+NAME`.
 """
 
 import ast
@@ -25,7 +26,7 @@ CHAPTERS = {
 
 
 def definitions(source):
-    """Name -> text of each top-level function and class in `source`, decorators included."""
+    """Name -> text of each top-level function or class, decorators included."""
     lines = source.splitlines()
     found = {}
     for node in ast.parse(source).body:
@@ -39,21 +40,27 @@ def listing_cells(notebook):
     """(index, cell, names defined in it) of each cell tagged `listing`."""
     for i, cell in enumerate(notebook.cells):
         if "listing" in cell.metadata.get("tags", []):
-            yield i, cell, re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE)
+            yield (
+                i,
+                cell,
+                re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE),
+            )
 
 
 def sync(notebook, source):
-    """Put the definitions from `source` into the listing cells of `notebook`, in place."""
+    """Put the definitions from `source` into the notebook's listing cells, in place."""
     known = definitions(source)
     for i, cell, names in listing_cells(notebook):
         missing = [name for name in names if name not in known]
         if missing or not names:
-            raise ValueError(f"listing cell {i} defines {names}, not in the module: {missing}")
+            raise ValueError(
+                f"listing cell {i} defines {names}, not in the module: {missing}"
+            )
         cell.source = "\n\n\n".join(known[name] for name in names)
 
 
 def run(notebook):
-    """Execute all cells in order in a fresh kernel, as a reader in `book/` would, in place."""
+    """Execute all cells in order in a fresh kernel, as a reader in `book/` would."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     NotebookClient(
@@ -65,11 +72,14 @@ def run(notebook):
         resources={"metadata": {"path": str(ROOT / "book")}},
     ).execute()
     # Kernels write their version here too, which would differ from machine to machine.
-    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+    notebook.metadata["language_info"] = {
+        "name": "python",
+        "pygments_lexer": "ipython3",
+    }
 
 
 def main(command, *names):
-    """`sync` rewrites the listings; `run` does that and executes. NAMES: chapters, else all."""
+    """`sync` rewrites the listings; `run` executes too. NAMES: chapters, else all."""
     for path, module in CHAPTERS.items():
         if names and path.stem not in names:
             continue

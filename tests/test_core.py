@@ -1,4 +1,4 @@
-"""lora.core against PEFT, finite differences and closed forms; then the traps of wrapping a model."""
+"""`lora.core` against PEFT, finite differences, closed forms; then all the traps."""
 
 import copy
 import importlib.util
@@ -17,7 +17,14 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora import LoRALinear, count_total, count_trainable, freeze_all, inject_lora, merge_lora
+from lora import (
+    LoRALinear,
+    count_total,
+    count_trainable,
+    freeze_all,
+    inject_lora,
+    merge_lora,
+)
 
 
 def awake(wrapper, seed=0):
@@ -36,7 +43,9 @@ def mlp(dtype=torch.float64):
 def snapshot(model):
     """All that an operation which was refused must leave as it was."""
     modules = [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)]
-    parameters = [(n, id(p), p.requires_grad, p.clone()) for n, p in model.named_parameters()]
+    parameters = [
+        (n, id(p), p.requires_grad, p.clone()) for n, p in model.named_parameters()
+    ]
     return modules, parameters, torch.get_rng_state()
 
 
@@ -44,14 +53,18 @@ def assert_unchanged(model, before):
     modules, parameters, rng = snapshot(model)
     assert modules == before[0]
     assert [p[:3] for p in parameters] == [p[:3] for p in before[1]]
-    assert all(torch.equal(p[3], q[3]) for p, q in zip(parameters, before[1], strict=True))
+    assert all(
+        torch.equal(p[3], q[3]) for p, q in zip(parameters, before[1], strict=True)
+    )
     assert torch.equal(rng, before[2])
 
 
 # --- The layer against other people's mathematics ---
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)]
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 8.0), (4, 8.0), (3, 0.5), (9, 16)])
 def test_equals_peft(dtype, tolerance, bias, rank, alpha):
@@ -59,12 +72,15 @@ def test_equals_peft(dtype, tolerance, bias, rank, alpha):
     base = nn.Linear(6, 5, bias=bias, dtype=dtype)
     ours = awake(LoRALinear(copy.deepcopy(base), rank, alpha))
     config = LoraConfig(r=rank, lora_alpha=alpha)
-    theirs = PeftLinear(copy.deepcopy(base), "a", config, r=rank, lora_alpha=alpha).to(dtype)
+    theirs = PeftLinear(copy.deepcopy(base), "a", config, r=rank, lora_alpha=alpha).to(
+        dtype
+    )
     theirs.lora_A["a"].weight.data = ours.A.data.clone()
     theirs.lora_B["a"].weight.data = ours.B.data.clone()
 
     def close(a, b):
-        # relative to the largest entry: summing in another order moves the small ones more
+        # relative to the largest entry: summing in another order moves the small ones
+        # more
         return (a - b).abs().max() <= tolerance * b.abs().max()
 
     x = torch.randn(2, 3, 6, dtype=dtype)
@@ -83,7 +99,9 @@ def test_equals_peft(dtype, tolerance, bias, rank, alpha):
 
 @pytest.mark.parametrize("scale_by", [1.0, 4.0])
 def test_gradients_are_those_of_finite_differences(scale_by):
-    layer = awake(LoRALinear(nn.Linear(4, 3, dtype=torch.float64), rank=2, alpha=2 * scale_by))
+    layer = awake(
+        LoRALinear(nn.Linear(4, 3, dtype=torch.float64), rank=2, alpha=2 * scale_by)
+    )
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def function(x, A, B):
@@ -112,7 +130,9 @@ def test_initialization():
     torch.manual_seed(3)
     layer = LoRALinear(nn.Linear(20_000, 2), rank=4)
     assert layer.A.shape == (4, 20_000) and layer.B.shape == (2, 4)
-    assert layer.A.std().item() == pytest.approx(1 / 4, rel=0.02)  # 80,000 draws: 8 standard errors
+    assert layer.A.std().item() == pytest.approx(
+        1 / 4, rel=0.02
+    )  # 80,000 draws: 8 standard errors
     assert abs(layer.A.mean().item()) < 0.01
     assert not layer.B.any()
     assert (layer.rank, layer.alpha, layer.scale) == (4, 8.0, 2.0)
@@ -137,7 +157,9 @@ def test_flops_are_those_of_two_thin_products():
     layer, x = LoRALinear(nn.Linear(d_in, d_out), rank), torch.randn(rows, d_in)
     with FlopCounterMode(display=False) as counter:
         layer(x)
-    assert counter.get_total_flops() == 2 * rows * (d_in * d_out + rank * (d_in + d_out))
+    assert counter.get_total_flops() == 2 * rows * (
+        d_in * d_out + rank * (d_in + d_out)
+    )
 
 
 @pytest.mark.parametrize("needs_input_gradient", [False, True])
@@ -145,7 +167,9 @@ def test_saves_no_full_matrix_for_backward(needs_input_gradient):
     layer = awake(LoRALinear(nn.Linear(64, 64), rank=2))
     x = torch.randn(3, 64, requires_grad=needs_input_gradient)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t) or t, lambda t: t
+    ):
         layer(x)
     base = (
         layer.base.weight.untyped_storage().data_ptr()
@@ -180,7 +204,9 @@ def test_scale_multiplies_the_small_product():
     rank=st.integers(1, 8),
     alpha=st.floats(-32, 32),
     bias=st.booleans(),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    dtype=st.sampled_from(
+        [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    ),
 )
 @settings(deadline=None, max_examples=150)
 def test_any_shape_rank_and_dtype(lead, d_in, d_out, rank, alpha, bias, dtype):
@@ -229,7 +255,7 @@ def test_autocast():
 
 
 class Plain(nn.Module):
-    """A module with a few children and a parameter of its own, called one after the other."""
+    """A parameter of its own and a few children, called one after the other."""
 
     def __init__(self, children):
         super().__init__()
@@ -248,11 +274,17 @@ def linears(dtype):
 
 
 def trees(dtype):
-    leaves = linears(dtype) | st.builds(nn.Tanh) | st.builds(lambda: nn.LayerNorm(4, dtype=dtype))
+    leaves = (
+        linears(dtype)
+        | st.builds(nn.Tanh)
+        | st.builds(lambda: nn.LayerNorm(4, dtype=dtype))
+    )
     return st.recursive(
         leaves,
         lambda inner: (
-            st.lists(inner, min_size=1, max_size=3).map(lambda parts: nn.Sequential(*parts))
+            st.lists(inner, min_size=1, max_size=3).map(
+                lambda parts: nn.Sequential(*parts)
+            )
             | st.lists(inner, min_size=1, max_size=3).map(Plain)
         ),
         max_leaves=8,
@@ -346,7 +378,9 @@ def attention():
 
 
 def encoder():
-    return nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, dtype=torch.float64)
+    return nn.TransformerEncoderLayer(
+        8, 2, 16, 0.0, batch_first=True, dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("no_grad", [True, False])
@@ -471,7 +505,12 @@ def test_numbers_of_other_libraries_are_accepted():
     [
         (nn.Linear(2, 2), {}, ValueError, r"use LoRALinear\(module\)"),
         (nn.Sequential(nn.Tanh()), {}, ValueError, "no .*Linear.* found in Sequential"),
-        (mlp(), {"target_class": nn.Conv2d}, ValueError, "no .*Conv2d.* found in Sequential"),
+        (
+            mlp(),
+            {"target_class": nn.Conv2d},
+            ValueError,
+            "no .*Conv2d.* found in Sequential",
+        ),
         (mlp(), {"rank": 0}, ValueError, "rank must be a positive integer"),
         (mlp(), {"alpha": float("nan")}, ValueError, "alpha must be a finite number"),
         (
@@ -480,10 +519,17 @@ def test_numbers_of_other_libraries_are_accepted():
             TypeError,
             "got Conv2d",
         ),
-        (nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), {}, TypeError, "float nn.Parameter"),
+        (
+            nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)),
+            {},
+            TypeError,
+            "float nn.Parameter",
+        ),
     ],
 )
-def test_a_refused_injection_leaves_the_model_as_it_was(model, arguments, error, message):
+def test_a_refused_injection_leaves_the_model_as_it_was(
+    model, arguments, error, message
+):
     modules = [(name, id(m)) for name, m in model.named_modules()]
     flags = [p.requires_grad for p in model.parameters()]
     rng = torch.get_rng_state()
@@ -541,7 +587,8 @@ def test_functional_call_and_vmap():
 
 
 def backends():
-    # Inductor compiles C++ at run time; without a compiler only the tracing can be tested.
+    # Inductor compiles C++ at run time; without a compiler only the tracing can be
+    # tested.
     reason = "inductor needs a C++ compiler (g++ or clang++), and none is on the PATH"
     missing = not (shutil.which("g++") or shutil.which("clang++"))
     yield "aot_eager"
@@ -569,7 +616,12 @@ def test_counts_shared_parameters_once():
 
 
 def test_import_loads_no_plotting_or_learning_library():
-    code = "import lora, sys; print(sorted({'matplotlib', 'sklearn'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
-    assert importlib.util.find_spec("matplotlib")  # so that its absence above means something
+    modules = "lora, lora.core, lora.moons, lora.rank"
+    names = "{'matplotlib', 'sklearn'}"
+    code = f"import sys, {modules}; print({names} & set(sys.modules))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "set()"
+    # so that its absence above means something
+    assert importlib.util.find_spec("matplotlib")

@@ -1,4 +1,4 @@
-"""Every listing in a chapter is the package's source, and every public name is listed."""
+"""Every listing is the package's source, and every definition is listed."""
 
 import ast
 
@@ -18,35 +18,51 @@ def test_listings_are_the_source(path):
     module = CHAPTERS[path]
     known = definitions(module.read_text())
     for i, cell, names in listing_cells(nbformat.read(path, as_version=4)):
-        expected = "\n\n\n".join(known.get(name, f"<no {name} in it>") for name in names)
+        expected = "\n\n\n".join(
+            known.get(name, f"<no {name} in it>") for name in names
+        )
         assert cell.source == expected, (
-            f"{path.name}, cell {i}: the listing of {', '.join(names) or '(no definition)'} differs "
-            f"from lora/{module.name}. Edit the module, then call `make sync`."
+            f"{path.name}, cell {i}: the listing of {', '.join(names) or 'nothing'} "
+            f"differs from lora/{module.name}. Edit the module, then call `make sync`."
         )
 
 
 @chapters
 def test_every_definition_is_listed_once(path):
     module = CHAPTERS[path]
-    listed = [n for *_, names in listing_cells(nbformat.read(path, as_version=4)) for n in names]
+    listed = [
+        n
+        for *_, names in listing_cells(nbformat.read(path, as_version=4))
+        for n in names
+    ]
     assert sorted(listed) == sorted(definitions(module.read_text())), (
-        f"{path.name} must list each definition of lora/{module.name} once, in cells tagged `listing`"
+        f"{path.name} must list each definition of lora/{module.name} once, "
+        "in cells tagged `listing`"
     )
 
 
-SOURCE = "import math\n\n\n@decorated\ndef one():\n    return 1\n\n\nclass Two:\n    pass\n"
+SOURCE = (
+    "import math\n\n\n@decorated\ndef one():\n    return 1\n\n\nclass Two:\n    pass\n"
+)
 
 
 def notebook(*cells):
-    cells = [nbformat.v4.new_code_cell(c, metadata={"tags": ["listing"]}) for c in cells]
-    return nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell("def one(): 2")])
+    cells = [
+        nbformat.v4.new_code_cell(c, metadata={"tags": ["listing"]}) for c in cells
+    ]
+    return nbformat.v4.new_notebook(
+        cells=[*cells, nbformat.v4.new_code_cell("def one(): 2")]
+    )
 
 
 def test_sync_rewrites_listings_and_nothing_else():
     nb = notebook("class Two:\n    changed\n\n\ndef one():\n    return 3")
     nb.cells[0].metadata["kept"] = True
     sync(nb, SOURCE)
-    assert nb.cells[0].source == "class Two:\n    pass\n\n\n@decorated\ndef one():\n    return 1"
+    assert (
+        nb.cells[0].source
+        == "class Two:\n    pass\n\n\n@decorated\ndef one():\n    return 1"
+    )
     assert nb.cells[0].metadata["kept"] and nb.cells[1].source == "def one(): 2"
     ast.parse(nb.cells[0].source)
 
