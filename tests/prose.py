@@ -57,7 +57,7 @@ def shows(source, number):
 def paragraphs(markdown):
     """The blocks of a page as they read: without code, addresses and HTML tags."""
     markdown = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
-    for block in re.split(r"\n\s*\n|\n(?=\s*[-*|] ?)", markdown):
+    for block in re.split(r"\n\s*\n|\n(?=\s*[-*|] ?)|^\d+\. ", markdown, flags=re.M):
         links = re.findall(r"\]\((https?://[^)\s]+)\)", block)
         block = re.sub(r"\]\([^)]*\)|<[^>]*>|`[^`]*`|\bhttps?://\S+", " ", block)
         block = re.sub(
