@@ -5,6 +5,7 @@ needs, and runs from the first cell to the last. Its first cell installs `lora` 
 line that readers run; git alone is told to take the repository from this work tree.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -37,9 +38,9 @@ def link_installed(names, folder):
             continue
         seen.add(found.name)
         for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
-            if not (folder / top).is_symlink():
+            if not (folder / top).is_symlink():  # namespaces belong to several
                 (folder / top).symlink_to(found.locate_file(top))
-        needs = [Requirement(line) for line in found.requires or ()]
+        needs = map(Requirement, found.requires or ())
         names += [
             n.name for n in needs if not n.marker or n.marker.evaluate({"extra": ""})
         ]
@@ -50,82 +51,92 @@ def redirect(url, folder):
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "PYTHON"))
     }
+    clean |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_ALLOW_PROTOCOL": "file"}
     repository = folder / "repository"
-    subprocess.run(["git", "init", "-q", "--bare", repository], env=clean, check=True)
     git = ["git", f"--git-dir={repository}", f"--work-tree={ROOT}"]
-    git += ["-c", "user.name=test", "-c", "user.email=test", "-c", "commit.gpgsign=no"]
-    # The work tree as it is, uncommitted edits and new files included.
-    for command in ["add", "--all"], ["commit", "--quiet", "--message=work tree"]:
-        subprocess.run([*git, *command], env=clean, cwd=ROOT, check=True)
+    git += ["-c", "user.name=test", "-c", "user.email=test"]
+    # The work tree as it is, with uncommitted edits and new files.
+    subprocess.run(["git", "init", "-q", "--bare", repository], env=clean, check=True)
+    subprocess.run([*git, "add", "--all"], env=clean, cwd=ROOT, check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "work tree"], env=clean, check=True)
     return clean | {
-        "GIT_ALLOW_PROTOCOL": "file",
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{repository.as_uri()}.insteadOf",
         "GIT_CONFIG_VALUE_0": url,
     }
 
 
-def run_alone(path, folder, installed, environ):
-    """Execute a chapter in a new environment in `folder`; return what is wrong."""
-    venv.create(folder / "venv", symlinks=True)
-    (site,) = (folder / "venv").glob("lib/python*/site-packages")
-    (site / "colab.pth").write_text(str(installed))
-    python = str(folder / "venv" / "bin" / "python")
-    kernel = AsyncKernelManager(kernel_name="python3")
-    kernel.kernel_spec.argv[0] = python
-    (folder / "content").mkdir()
-    resources = {"metadata": {"path": str(folder / "content")}}
+def execute(path, python, folder, environ):
+    """Run a chapter in the empty `folder` with the kernel of `python`; return it."""
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(WHENCE))
+    kernel = AsyncKernelManager(kernel_name="python3")
+    kernel.kernel_spec.argv[0] = str(python)
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, km=kernel, timeout=600, resources=resources)
+    with contextlib.suppress(CellExecutionError):  # it stands in the cell's outputs
+        client.execute(env=environ, cleanup_kc=True)
+    return notebook
+
+
+def problems(notebook):
+    """What went wrong in an executed chapter: errors, and output in the wrong place."""
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    last = nbformat.v4.new_code_cell(WHENCE)
-    notebook.cells.append(last)
-    try:
-        NotebookClient(notebook, km=kernel, timeout=600, resources=resources).execute(
-            env=environ | {"IPYTHONDIR": str(folder / "ipython")}
-        )
-    except CellExecutionError:
-        pass  # it stands in the cell's outputs
-    wrong = []
     for i, cell in enumerate(notebook.cells):
         for out in cell.get("outputs", []):
             if out.output_type == "error":
-                wrong.append(f"cell {i} fails with {out.ename}: {out.evalue}")
-            elif out.get("name") == "stderr" or cell is first:
-                wrong.append(f"cell {i} must not print: {out.get('text', out)}")
+                yield f"cell {i} fails with {out.ename}: {out.evalue}"
+            elif cell is first:
+                yield f"cell {i} must install from {URL} without a word:\n{out.text}"
+            elif out.get("name") == "stderr":
+                yield f"cell {i} writes to stderr: {out.text}"
+
+
+def run_alone(path, folder, installed, environ):
+    """Run a chapter in a new environment in `folder`; return a list of problems."""
+    (folder / "content").mkdir()
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    (site / "colab.pth").write_text(f"{installed}\n")
+    environ = environ | {"IPYTHONDIR": str(folder / "ipython")}
+    notebook = execute(path, python, folder / "content", environ)
+    wrong = list(problems(notebook))
     if not wrong:
-        for file in last.outputs[0].text.split():
-            if not file.startswith(str(site)):
-                wrong.append(f"{file} does not come from the line that installs lora")
-    before = {d.name: d.version for d in distributions(path=[str(installed)])}
+        files = notebook.cells[-1].outputs[0].text.split()
+        strange = [file for file in files if not file.startswith(str(site))]
+        wrong += [f"{file} is not what its first cell installs" for file in strange]
     pip = [python, "-m", "pip", "list", "--format=json"]
-    found = subprocess.run(pip, env=environ, capture_output=True, check=True).stdout
-    after = {d["name"]: d["version"] for d in json.loads(found)}
-    after.pop("deconstructing-lora", None)
-    for name, version in sorted(after.items() ^ before.items()):
-        change = "installs" if name in after else "hides"
+    found = json.loads(subprocess.check_output(pip, env=environ))
+    after = {
+        d["name"]: d["version"] for d in found if d["name"] != "deconstructing-lora"
+    }
+    before = {d.name: d.version for d in distributions(path=[str(installed)])}
+    for name in sorted({name for name, _ in after.items() ^ before.items()}):
+        change = f"{before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         wrong.append(
-            f"to install lora {change} {name} {version}: loosen pyproject.toml"
+            f"{name} is {change} now: loosen the dependencies in pyproject.toml"
         )
     return wrong
 
 
 @pytest.fixture(scope="session")
 def runs(request, tmp_path_factory):
-    """Path of a chapter -> what is wrong with it, for the chapters that are tested."""
+    """Path of a chapter -> its problems, to wait for. All selected chapters start."""
     installed = tmp_path_factory.mktemp("installed")  # in no environment: pip keeps off
     link_installed(COLAB, installed)
-    environ = redirect(URL, tmp_path_factory.mktemp("git")) | {
-        "OMP_NUM_THREADS": "1",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }
-    tests = [item for item in request.session.items if "runs" in item.fixturenames]
-    pool = ThreadPoolExecutor(AT_A_TIME)
-    yield {
-        path: pool.submit(
-            run_alone, path, tmp_path_factory.mktemp("alone"), installed, environ
-        )
-        for path in [test.callspec.params["path"] for test in tests]
-    }
+    environ = redirect(URL, tmp_path_factory.mktemp("git"))
+    environ |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    environ |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    pool, started = ThreadPoolExecutor(AT_A_TIME), {}
+    for item in reversed(request.session.items):  # the later chapters run longer
+        if "runs" in item.fixturenames:
+            path, folder = (
+                item.callspec.params["path"],
+                tmp_path_factory.mktemp("alone"),
+            )
+            started[path] = pool.submit(run_alone, path, folder, installed, environ)
+    yield started
     pool.shutdown(cancel_futures=True)
 
 
