@@ -87,7 +87,8 @@ def problems(notebook):
             if out.output_type == "error":
                 yield f"cell {i} fails with {out.ename}: {out.evalue}"
             elif cell is first:
-                yield f"cell {i} must install from {URL} without a word:\n{out.text}"
+                said = out.get("text", out)
+                yield f"cell {i} must install from {URL} without a word:\n{said}"
             elif out.get("name") == "stderr":
                 yield f"cell {i} writes to stderr: {out.text}"
 
@@ -108,15 +109,12 @@ def run_alone(path, folder, installed, environ):
         wrong += [f"{file} is not what its first cell installs" for file in strange]
     pip = [python, "-m", "pip", "list", "--format=json"]
     found = json.loads(subprocess.check_output(pip, env=environ))
-    after = {
-        d["name"]: d["version"] for d in found if d["name"] != "deconstructing-lora"
-    }
+    after = {package["name"]: package["version"] for package in found}
+    after.pop("deconstructing-lora", None)
     before = {d.name: d.version for d in distributions(path=[str(installed)])}
     for name in sorted({name for name, _ in after.items() ^ before.items()}):
         change = f"{before.get(name, 'absent')} -> {after.get(name, 'absent')}"
-        wrong.append(
-            f"{name} is {change} now: loosen the dependencies in pyproject.toml"
-        )
+        wrong.append(f"{name} {change}: must stay; see pyproject.toml's dependencies")
     return wrong
 
 
@@ -131,10 +129,8 @@ def runs(request, tmp_path_factory):
     pool, started = ThreadPoolExecutor(AT_A_TIME), {}
     for item in reversed(request.session.items):  # the later chapters run longer
         if "runs" in item.fixturenames:
-            path, folder = (
-                item.callspec.params["path"],
-                tmp_path_factory.mktemp("alone"),
-            )
+            path = item.callspec.params["path"]
+            folder = tmp_path_factory.mktemp("alone")
             started[path] = pool.submit(run_alone, path, folder, installed, environ)
     yield started
     pool.shutdown(cancel_futures=True)
