@@ -124,7 +124,7 @@ def runs(request, tmp_path_factory):
     installed = tmp_path_factory.mktemp("installed")  # in no environment: pip keeps off
     link_installed(COLAB, installed)
     environ = redirect(URL, tmp_path_factory.mktemp("git"))
-    environ |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    environ |= {"OMP_NUM_THREADS": "1", "PIP_NO_COLOR": "1"}
     environ |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     pool, started = ThreadPoolExecutor(AT_A_TIME), {}
     for item in reversed(request.session.items):  # the later chapters run longer
