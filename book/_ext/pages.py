@@ -74,6 +74,13 @@ def copy_mathjax(app, exception):
                 shutil.copyfile(file, target)
 
 
+def copy_static(app, exception):
+    """Sphinx itself skips this when no page has changed."""
+    if not exception:
+        own = Path(app.confdir, app.config.html_static_path[0])
+        shutil.copytree(own, Path(app.outdir, "_static"), dirs_exist_ok=True)
+
+
 def write_root(app, exception):
     """The site's root leads to the first page, with that page's title and card."""
     if not exception and hasattr(app, "root_tags"):
@@ -94,5 +101,6 @@ def setup(app):
     app.connect("html-page-context", no_formulas_in_descriptions, priority=400)
     app.connect("html-page-context", keep_root_tags, priority=900)
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", copy_static)
     app.connect("build-finished", write_root, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
