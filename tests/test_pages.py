@@ -156,12 +156,12 @@ MEASURE = """async () => {
 }"""
 
 
-# One coloured word of a kind is enough for axe, which takes long over thousands, and
-# MathJax hides its glyphs from screen readers: they read the MathML.
+# One of a kind is enough for axe, which takes long over thousands. Of a formula it
+# gets what a screen reader gets, the MathML.
 THIN_OUT = """() => {
   const seen = new Set();
-  for (const span of document.querySelectorAll('pre span'))
-    if (seen.has(span.className)) span.replaceWith(span.textContent);
+  for (const span of document.querySelectorAll('pre span, .copybtn'))
+    if (seen.has(span.className)) span.replaceWith(span.textContent.trim());
     else seen.add(span.className);
   for (const maths of document.querySelectorAll('mjx-container'))
     maths.replaceWith(maths.querySelector('math')?.textContent ?? '');

@@ -1,7 +1,10 @@
-// On paper nothing can be opened: print with all solutions and hints unfolded.
+// On paper nothing can be opened: print solutions and hints unfolded.
 let folded = [];
 addEventListener("beforeprint", () => {
-  folded = [...document.querySelectorAll("details:not([open])")];
+  folded = [
+    ...document.querySelectorAll(".tag_hide-cell details:not([open])"),
+    ...document.querySelectorAll("details:not(.hide, [open])"),
+  ];
   for (const details of folded) details.open = true;
 });
 addEventListener("afterprint", () => {
