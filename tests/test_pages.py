@@ -2,8 +2,9 @@
 
 import re
 from copy import copy
+from functools import cache
 from pathlib import Path
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import nbformat
 import pytest
@@ -32,15 +33,18 @@ each_page = pytest.mark.parametrize("page", PAGES)
 each_chapter = pytest.mark.parametrize("page", CHAPTERS)
 
 
+def code_cells(page):
+    cells = nbformat.read(ROOT / f"{page}.ipynb", as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
 @pytest.fixture(scope="session")
 def soup(book):
     """The parsed HTML files, by path relative to the site's root."""
+    files = [f for f in book.rglob("*.html") if "_static" not in f.parts]
     return {
-        file.relative_to(book).as_posix(): BeautifulSoup(
-            file.read_text("utf-8"), "html.parser"
-        )
-        for file in book.rglob("*.html")
-        if "_static" not in file.parts
+        f.relative_to(book).as_posix(): BeautifulSoup(f.read_bytes(), "html.parser")
+        for f in files
     }
 
 
@@ -48,28 +52,17 @@ def soup(book):
 
 
 def test_links_resolve(book, soup):
-    ids = {
-        path: {tag["id"] for tag in html.find_all(id=True)}
-        for path, html in soup.items()
-    }
     broken = []
     for path, html in soup.items():
-        for tag in html.find_all(["a", "img", "link", "script"]):
-            url = urlsplit(
-                urljoin(BASE + path, tag.get("href") or tag.get("src") or "")
-            )
-            if not url.geturl().startswith(BASE):
-                continue
-            target = unquote(
-                url.geturl().removeprefix(BASE).split("#")[0].split("?")[0]
-            )
-            target = target or "index.html"
-            anchor = unquote(url.fragment)
-            known = ids.get(target)
-            if not (book / target).is_file() or (
-                anchor and known is not None and anchor not in known
+        for tag in html.select("[href], [src]"):
+            link = tag.get("href") or tag.get("src")
+            url, anchor = urldefrag(unquote(urljoin(BASE + path, link)))
+            target = url.removeprefix(BASE).split("?")[0] or "index.html"
+            if url.startswith(BASE) and (
+                not (book / target).is_file()
+                or (anchor and target in soup and not soup[target].find(id=anchor))
             ):
-                broken.append(f"{path}: {tag.get('href') or tag.get('src')}")
+                broken.append(f"{path}: {link}")
     assert not broken, "no such file or anchor; mend the link: " + "; ".join(broken)
 
 
@@ -147,7 +140,7 @@ MEASURE = """async () => {
   return {
     formulas: maths.length,
     bare: maths.filter(m => !m.querySelector('mjx-container') ||
-      m.querySelector('mjx-merror, [data-mjx-error]')).map(m => m.textContent),
+      m.querySelector('mjx-merror, math [mathcolor=red]')).map(m => m.textContent),
     cut: [...document.querySelectorAll('div.cell_input pre')]
       .filter(p => p.offsetParent && p.scrollWidth > p.clientWidth)
       .map(p => p.textContent.split('\\n'))
@@ -184,37 +177,29 @@ def violations(page, rules=None):
 @pytest.fixture(scope="module")
 def facts(browser, site):
     """What one visit to a page shows, taken once: `facts(page)`."""
-    known = {}
 
+    @cache
     def visit(name):
-        if name not in known:
-            # A vertical scroll bar takes 15 px of a 1280 px wide window.
-            page = browser.new_page(viewport={"width": 1265, "height": 800})
-            errors, foreign = [], []
-            page.on("pageerror", lambda e: errors.append(str(e)))
-            page.on(
-                "console",
-                lambda m: (
-                    m.type == "error" and errors.append(f"{m.text} {m.location['url']}")
-                ),
-            )
-            page.on(
-                "request",
-                lambda r: r.url.startswith(("data:", site)) or foreign.append(r.url),
-            )
-            page.goto(f"{site}{name}.html")
-            fact = page.evaluate(MEASURE)
-            page.set_viewport_size({"width": 390, "height": 800})
-            fact["phone"] = page.evaluate("document.documentElement.scrollWidth")
-            page.set_viewport_size({"width": 1265, "height": 800})
-            page.evaluate(THIN_OUT)
-            fact["light"] = violations(page)
-            page.emulate_media(color_scheme="dark")
-            page.wait_for_selector("html[data-theme=dark]")
-            fact["dark"] = violations(page, ["color-contrast"])
-            page.close()
-            known[name] = fact | {"errors": errors, "foreign": foreign}
-        return known[name]
+        # A vertical scroll bar takes 15 px of a 1280 px wide window.
+        page = browser.new_page(viewport={"width": 1265, "height": 800})
+        errors, logged, asked = [], [], []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: logged.append(message))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{site}{name}.html")
+        fact = page.evaluate(MEASURE)
+        errors += [f"{m.text} {m.location}" for m in logged if m.type == "error"]
+        page.set_viewport_size({"width": 390, "height": 800})
+        fact["phone"] = page.evaluate("document.documentElement.scrollWidth")
+        page.set_viewport_size({"width": 1265, "height": 800})
+        page.evaluate(THIN_OUT)
+        fact["light"] = violations(page)
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_selector("html[data-theme=dark]")
+        fact["dark"] = violations(page, ["color-contrast"])
+        page.close()
+        foreign = [url for url in asked if not url.startswith(("data:", site))]
+        return fact | {"errors": errors, "foreign": foreign}
 
     return visit
 
@@ -224,8 +209,9 @@ each_view = pytest.mark.parametrize("page", [*PAGES, "search", "404"])
 
 @each_view
 def test_page_loads_cleanly(facts, page):
-    assert not facts(page)["errors"], f"{page}: script or loading errors"
-    assert not facts(page)["foreign"], f"{page}: loads from elsewhere; take it along"
+    fact = facts(page)
+    assert not fact["foreign"], f"{page} loads from elsewhere: {fact['foreign']}"
+    assert not fact["errors"], f"{page}: script or loading errors: {fact['errors']}"
 
 
 @each_page
@@ -252,57 +238,44 @@ def test_page_fits(facts, page):
     assert width <= 390, f"{page}: scrolls sideways on a phone ({width} px of 390)"
 
 
+@pytest.fixture
+def view(browser):
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    yield context.new_page()
+    context.close()
+
+
 @each_chapter
-def test_search_finds(browser, site, page):
+def test_search_finds(view, site, page):
     assert page in TERMS, f"give TERMS a word by which to find {page}"
-    view = browser.new_page()
     view.goto(f"{site}search.html?q={TERMS[page]}")
-    try:
-        view.wait_for_selector(f"#search-results a[href*='{page}.html']", timeout=8000)
-    except Exception:
-        found = view.inner_text("#search-results")
-        pytest.fail(f"searching {TERMS[page]!r} does not find {page}: {found}")
-    finally:
-        view.close()
+    view.wait_for_function("/found|did not match/.test(document.body.innerText)")
+    links = view.locator(f"#search-results a[href*='{page}.html']")
+    assert links.count(), f"searching {TERMS[page]!r} does not find {page}"
 
 
 @each_chapter
-def test_solutions_are_folded_and_open(browser, site, page):
-    view = browser.new_page()
+def test_solutions_are_folded_and_open(view, site, page):
     view.goto(f"{site}{page}.html")
-    folded = view.locator("div.cell.tag_hide-cell details")
-    count = folded.count()
-    cells = nbformat.read(ROOT / f"{page}.ipynb", as_version=4).cells
-    tagged = [c for c in cells if "hide-cell" in c.metadata.get("tags", [])]
-    assert count == len(tagged) > 0, f"{page}: {len(tagged)} solutions, {count} folded"
+    count = sum("hide-cell" in c.metadata.get("tags", []) for c in code_cells(page))
     shown = view.locator("div.cell.tag_hide-cell .cell_input:visible")
-    assert shown.count() == 0, f"{page}: a solution is open from the start"
-    label = folded.first.locator("summary")
-    assert label.inner_text() == "Show the solution", page
+    label = view.locator("div.cell.tag_hide-cell details > summary").first
+    assert count and shown.count() == 0, f"{page}: a solution must be there, and folded"
+    assert label.inner_text() == "Show the solution", f"{page}: see book/_ext/pages.py"
     label.click()
     assert shown.count() == 1, f"{page}: a click does not open the solution"
-    assert label.inner_text() == "Hide the solution", page
-    label.focus()
-    view.keyboard.press("Enter")
+    assert label.inner_text() == "Hide the solution", f"{page}: see book/_ext/pages.py"
+    label.press("Enter")
     assert shown.count() == 0, f"{page}: the key Enter does not fold the solution"
     view.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert shown.count() == count, f"{page}: solutions stay folded when printed"
-    view.close()
+    assert shown.count() == count, f"{page}: solutions stay folded in print; custom.js"
 
 
 @each_chapter
-def test_copy_buttons_copy_the_code(browser, site, page):
-    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-    view = context.new_page()
+def test_copy_buttons_copy_the_code(view, site, page):
     view.goto(f"{site}{page}.html")
-    cells = nbformat.read(ROOT / f"{page}.ipynb", as_version=4).cells
-    shown = [c for c in cells if c.cell_type == "code"]
-    for i in (0, len(shown) // 2):
-        cell = view.locator("div.cell").nth(i)
-        if cell.locator("details").count():
-            cell.locator("summary").click()
-        cell.locator(".cell_input").hover()
-        cell.locator(".cell_input button.copybtn").click()
-        copied = view.evaluate("navigator.clipboard.readText()")
-        assert copied.strip() == shown[i].source.strip(), f"{page}, code cell {i}"
-    context.close()
+    cell = view.locator("div.cell_input").first
+    cell.hover()
+    cell.locator("button.copybtn").click()
+    copied = view.evaluate("navigator.clipboard.readText()").strip()
+    assert copied == code_cells(page)[0].source, f"{page}: copied {copied!r}"
