@@ -1,7 +1,95 @@
 """What all test files share."""
 
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 # The same examples on every run: a failure in CI is a failure on every desk.
 settings.register_profile("book", derandomize=True, deadline=None)
 settings.load_profile("book")
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "book"]
+BROWSERS = [
+    os.environ.get("CHROMIUM"),
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+]
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+QUIET += " --disable-background-networking --disable-component-update"
+
+
+@pytest.fixture(scope="session")
+def book():
+    """The folder of the built pages, built anew where a source is newer."""
+    html = ROOT / "_build" / "html"
+    stamp = html / "index.html"  # every build writes it last
+    sources = [f for s in SOURCES for f in (s, *s.rglob("*")) if "." in f.name]
+    built = stamp.stat().st_mtime if stamp.exists() else 0
+    if any(f.stat().st_mtime > built for f in sources):
+        # `make book`, which is not on every machine
+        command = [
+            str(Path(sys.executable).parent / "jupyter-book"),
+            "build",
+            "--quiet",
+        ]
+        command += ["-W", "-n", "--keep-going", str(ROOT)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, "`make book` fails:\n" + run.stdout + run.stderr
+    return html
+
+
+class Pages(SimpleHTTPRequestHandler):
+    """Serves a folder as GitHub Pages does: under /LoRA/, with its own 404 page."""
+
+    def translate_path(self, path):
+        outside = "/" + "outside" + path
+        return super().translate_path(path.removeprefix("/LoRA") or outside)
+
+    def send_error(self, code, message=None, explain=None):
+        body = Path(self.directory, "404.html").read_bytes()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def site(book):
+    """The URL of the built pages on a local server."""
+    handler = partial(Pages, directory=str(book))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/LoRA/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for the module only: Playwright holds the thread's event loop."""
+    found = next(filter(None, (shutil.which(b) for b in BROWSERS if b)), None)
+    if not found:
+        missing = "no Chromium or Chrome found; name one in the variable CHROMIUM"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=found, args=QUIET.split(), headless=True
+        )
+        yield browser
+        browser.close()

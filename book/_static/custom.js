@@ -1,0 +1,22 @@
+// On paper nothing can be opened: print solutions and hints unfolded.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [
+    ...document.querySelectorAll(".tag_hide-cell details:not([open])"),
+    ...document.querySelectorAll("details:not(.hide, [open])"),
+  ];
+  for (const details of folded) details.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const details of folded) details.open = false;
+});
+
+// What the theme's HTML lacks for screen readers: the side bar is a landmark, and a
+// list has list items.
+document.getElementById("pst-primary-sidebar")?.setAttribute("role", "navigation");
+document.getElementById("pst-primary-sidebar")?.setAttribute("aria-label", "Book");
+for (const entry of document.querySelectorAll('[role="doc-biblioentry"]'))
+  entry.setAttribute("role", "listitem");
+// A folded cell's own label, "Show the solution", is its name.
+for (const summary of document.querySelectorAll("details.hide > summary"))
+  summary.removeAttribute("aria-label");
