@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from figures import pictures
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,14 @@ def run(notebook):
     }
 
 
+def exports(notebook):
+    """File name in `book/_static` -> PNG, of each figure that other pages show too."""
+    for cell in notebook.cells:
+        if "export" in cell.metadata:
+            (png,) = pictures(cell.outputs)
+            yield f"{cell.metadata.export}.png", png
+
+
 def main(command, *names):
     """`sync` rewrites the listings; `run` executes too. NAMES: chapters, else all."""
     for path, module in CHAPTERS.items():
@@ -106,6 +115,8 @@ def main(command, *names):
         if nbformat.writes(notebook) != before:
             nbformat.write(notebook, path)
             print(f"{path.name}: written ({command})")
+        for name, png in exports(notebook):
+            (ROOT / "book" / "_static" / name).write_bytes(png)
 
 
 if __name__ == "__main__":

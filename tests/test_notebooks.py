@@ -5,7 +5,7 @@ import subprocess
 
 import nbformat
 import pytest
-from listings import CHAPTERS, ROOT
+from listings import CHAPTERS, ROOT, exports
 from notebooks import faults
 
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in CHAPTERS}
@@ -36,6 +36,32 @@ def test_chapters_open_alike():
         assert notebook.cells[0].source.startswith(f"# {int(name[:2])}. ")
         first.add(next(c.source for c in notebook.cells if c.cell_type == "code"))
     assert len(first) == 1, "the import cells differ:\n" + "\n\n".join(first)
+
+
+def test_the_landing_page_shows_figures_of_the_chapters():
+    index, shown = (ROOT / "book" / "index.md").read_text(), 0
+    for name, png in (e for nb in NOTEBOOKS.values() for e in exports(nb)):
+        assert (ROOT / "book" / "_static" / name).read_bytes() == png, (
+            f"{name}: make sync"
+        )
+        shown += f"_static/{name}" in index
+    assert shown == 2
+
+
+def test_reading_times():
+    """200 words a minute, 3 seconds for a line of code or output; to 5 minutes."""
+    index = (ROOT / "book" / "index.md").read_text()
+    for name, notebook in NOTEBOOKS.items():
+        words = lines = 0
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                words += len(cell.source.split())
+            elif not {"hide-input", "hide-cell"} & set(cell.metadata.get("tags", [])):
+                texts = [cell.source] + [o.get("text", "") for o in cell.outputs]
+                lines += sum(len(text.splitlines()) for text in texts)
+        minutes = words / 200 + lines / 20
+        (said,) = re.findall(rf"\]\({name}\).* (\d+) min", index)
+        assert abs(int(said) - minutes) <= 5, f"{name}: {minutes:.0f} minutes to read"
 
 
 def test_one_repository():
