@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard book/*.ipynb)
+PROSE := book lora tests $(wildcard *.md) Makefile
 
-.PHONY: help book test sync run lab clean
+.PHONY: help book test style sync run reproduce lab clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -20,15 +21,26 @@ book: .venv/installed  ## build the book; a warning is an error
 	$(BIN)/jupyter-book build --quiet -W -n --keep-going .
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
-test: .venv/installed  ## run the unit tests, then every notebook cell against its stored output
+test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output
+	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
+	$(BIN)/codespell $(PROSE)
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest --nbval --nbval-current-env $(NOTEBOOKS)
+
+style: .venv/installed  ## format the code, also in notebooks, and mend what the linter can
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	$(BIN)/codespell $(PROSE)
 
 sync: .venv/installed  ## rewrite the listings in the chapters from lora/
 	$(BIN)/python tests/listings.py sync
 
 run: .venv/installed  ## sync, execute the chapters and store their outputs (ONLY=NAME for one)
 	$(BIN)/python tests/listings.py run $(ONLY)
+
+reproduce: .venv/installed  ## the chapters on 1 and 2 threads, with plain and with vector instructions
+	@set -e; for machine in LC_ALL=C.UTF-8 ATEN_CPU_CAPABILITY=default; do for n in 1 2; do \
+	  echo "$$machine OMP_NUM_THREADS=$$n"; env $$machine OMP_NUM_THREADS=$$n \
+	  $(BIN)/python -m pytest -q --nbval --nbval-current-env $(NOTEBOOKS); done; done
 
 lab: .venv/installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book

@@ -81,8 +81,9 @@ def check_stack(models, x, y):
     n = y.shape[-1] if y.dim() else 0
     if n == 0 or not x.shape[:-1] == y.shape == (len(models), n):
         raise ValueError(
-            f"for {len(models)} models, x must be ({len(models)}, n, d) and y "
-            f"({len(models)}, n), n >= 1, got {tuple(x.shape)} and {tuple(y.shape)}"
+            f"for {len(models)} models, x must be ({len(models)}, n, d) "
+            f"and y ({len(models)}, n) with n >= 1, "
+            f"got x {tuple(x.shape)} and y {tuple(y.shape)}"
         )
     kinds = {p.dtype for p in models[0].parameters()}
     if kinds != {x.dtype} or y.dtype != torch.int64:

@@ -59,6 +59,21 @@ def sync(notebook, source):
         cell.source = "\n\n\n".join(known[name] for name in names)
 
 
+def drift(notebook, source):
+    """A sentence for each listing that is not the module's, letter for letter."""
+    known, listed = definitions(source), []
+    for i, cell, names in listing_cells(notebook):
+        listed += names
+        if cell.source != "\n\n\n".join(known.get(name, "") for name in names):
+            yield (
+                f"cell {i}: the listing of {', '.join(names) or 'nothing'} differs "
+                "from the module. Edit the module, then call `make sync`"
+            )
+    for name in {*listed, *known}:
+        if not listed.count(name) == 1 == (name in known):
+            yield f"{name} must be listed once, in a cell tagged `listing`"
+
+
 def run(notebook):
     """Execute all cells in order in a fresh kernel, as a reader in `book/` would."""
     for cell in notebook.cells:
