@@ -49,6 +49,12 @@ def drop_thebe(app, config):
         ]
 
 
+def undated_pages_keep_their_source(app, env):
+    """Without git's history a page has no date; the launch buttons need its source."""
+    for name, dated in env.git_last_updated.items():
+        env.git_last_updated[name] = dated or (None, True)
+
+
 def no_formulas_in_descriptions(app, pagename, templatename, context, doctree):
     """The page is rendered; its description is made from the doctree after this."""
     for formula in list(doctree.findall(nodes.math_block)) if doctree else ():
@@ -98,6 +104,7 @@ def write_root(app, exception):
 def setup(app):
     app.connect("doctree-read", label_folded_cells)
     app.connect("config-inited", drop_thebe)
+    app.connect("env-updated", undated_pages_keep_their_source, priority=900)
     app.connect("html-page-context", no_formulas_in_descriptions, priority=400)
     app.connect("html-page-context", keep_root_tags, priority=900)
     app.connect("build-finished", copy_mathjax)
