@@ -23,7 +23,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def without_decorators(source):
-    """`f = decorator(f)` after each `@decorator def f`, since mutmut skips the latter."""
+    """Replace each `@decorator`, for mutmut skips those, by `f = decorator(f)`."""
     lines = source.splitlines()
     functions = [n for n in ast.walk(ast.parse(source)) if type(n) is ast.FunctionDef]
     for f in sorted(functions, key=lambda f: f.lineno, reverse=True):
