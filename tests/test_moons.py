@@ -135,6 +135,7 @@ def test_training_together_is_training_one_by_one(rank, batch_size):
     models = adapted(seeds, rank) if rank else [moons_mlp(s) for s in seeds]
     alone = copy.deepcopy(models)
     losses = train(models, x, y, epochs=4, lr=3e-3, batch_size=batch_size, seed=9)
+    assert not losses.requires_grad
     expected = [
         train_alone(m, x[i], y[i], 4, 3e-3, batch_size, 9) for i, m in enumerate(alone)
     ]
@@ -228,6 +229,27 @@ def test_a_step_is_one_pass_over_memory_and_copies_no_gradient(epochs):
     assert copied.count(128 * 128) == 2 * 2
 
 
+class Gain(nn.Module):
+    """A layer with a parameter that has no dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+def test_parameters_of_any_shape_train():
+    models = [nn.Sequential(Gain(), nn.Linear(2, 2).double()) for _ in range(2)]
+    alone, (x, y) = copy.deepcopy(models), moons_batch([0, 1], n=20)
+    train(models, x, y, epochs=3)
+    for i, model in enumerate(alone):
+        train_alone(model, x[i], y[i], 3, 1e-3)
+        for p, q in zip(models[i].parameters(), model.parameters()):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
 def test_one_point_is_enough():
     model, (x, y) = moons_mlp(0), moons_batch([0], n=2)
     alone = copy.deepcopy(model)
@@ -250,7 +272,7 @@ def test_no_epochs_is_no_change():
 def test_accuracy_is_that_of_scikit_learn():
     x, y = moons_batch([0, 1, 2], n=77)
     models = [moons_mlp(s) for s in (0, 1, 2)]
-    got = accuracy(models, x, y)
+    got = accuracy(iter(models), x, y)  # any iterable will do
     assert got.shape == (3,) and not got.requires_grad
     for i, model in enumerate(models):
         expected = accuracy_score(y[i].numpy(), model(x[i]).detach().numpy().argmax(1))
@@ -258,7 +280,7 @@ def test_accuracy_is_that_of_scikit_learn():
 
 
 def test_pretrained_trains_each_model_on_its_own_source_data():
-    models, x, y = pretrained([4, 8], n=200, noise=0.1, epochs=3, lr=2e-3)
+    models, x, y = pretrained(iter([4, 8]), n=200, noise=0.1, epochs=3, lr=2e-3)
     expected = [moons_mlp(4), moons_mlp(8)]
     data = moons_batch([4, 8], n=200, noise=0.1)
     train(expected, *data, epochs=3, lr=2e-3)
@@ -367,6 +389,11 @@ def test_train_refuses_before_it_changes_anything(change, message):
     with pytest.raises(ValueError, match=message):
         train(**arguments)
     assert same(before, states(arguments["models"]))
+
+
+def test_accuracy_refuses_what_train_refuses():
+    with pytest.raises(ValueError, match="for 1 models, x must be"):
+        accuracy([moons_mlp(0)], *moons_batch([0, 1], n=20))
 
 
 def test_train_names_the_dtypes_of_a_mixed_model():

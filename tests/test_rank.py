@@ -162,11 +162,12 @@ def test_bad_matrices_are_refused(function):
             TypeError, match=f"matrix must be a floating-point tensor, got {name}"
         ):
             function(bad)
-    for bad in (torch.ones(3), torch.ones(0, 3), torch.tensor(1.0)):
+    shapes = {r"\(3,\)": (3,), r"\(0, 3\)": (0, 3), r"\(\)": ()}
+    for shape, bad in shapes.items():
         with pytest.raises(
-            ValueError, match=r"matrix must have shape \(\.\.\., m, n\)"
+            ValueError, match=rf"matrix must have shape \(\.\.\., m, n\), got {shape}$"
         ):
-            function(bad)
+            function(torch.ones(bad))
     for bad in (math.inf, math.nan):
         with pytest.raises(
             ValueError, match="^matrix must be finite, got an entry that is inf or nan$"
@@ -300,9 +301,17 @@ def test_random_subspace_refuses():
         RandomSubspace(small_model(), 2, seed=-1)
     with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
         RandomSubspace([1.0], 1)
-    mixed = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).double())
-    for model in (nn.Tanh(), mixed):
-        with pytest.raises(TypeError, match="must share one float dtype"):
+    mixed = nn.Sequential(nn.Linear(1, 1).double(), nn.Linear(1, 1))
+    whole = nn.Module()
+    whole.p = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    for model, dtypes in (
+        (nn.Tanh(), ""),
+        (mixed, "'torch.float32', 'torch.float64'"),
+        (whole, "'torch.int64'"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"must share one float dtype, got \[{dtypes}\]"
+        ):
             RandomSubspace(model, 1)
     assert all(p.requires_grad for p in mixed.parameters())  # refused before any change
 
