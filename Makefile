@@ -31,7 +31,7 @@ style: .venv/installed  ## format the code, also in notebooks, and mend what the
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 	$(BIN)/codespell $(PROSE)
 
-mutants: .venv/installed  ## make one place of lora/ wrong at a time: does a test fail?
+mutants: .venv/installed  ## break lora/ in one place at a time: does a test fail? (ONLY='lora.core.*' for some)
 	$(BIN)/python tests/mutants.py $(ONLY)
 
 sync: .venv/installed  ## rewrite the listings in the chapters from lora/

@@ -66,21 +66,20 @@ def main(*names):
     mutmut("run", *names, check=True)
 
     results = outcomes()
-    score = Counter((name.split(".")[1], result) for name, result in results.items())
-    for (module, result), number in sorted(score.items()):
-        print(f"lora/{module}.py: {number} {result}")
+    alive = [m for m, result in results.items() if result not in ("killed", "timeout")]
+    survivors = {description(m): m for m in alive if results[m] != "not checked"}
     listed = set(re.findall(r"```diff\n(.*?)\n```", LISTED.read_text(), re.DOTALL))
-    survivors = {
-        description(name): name
-        for name, result in results.items()
-        if result not in ("killed", "timeout", "not checked")
-    }
-    for text in survivors.keys() - listed:
+    for module in sorted({name.split(".")[1] for name in results}):
+        mine = {m: r for m, r in results.items() if m.split(".")[1] == module}
+        counts = ", ".join(f"{n} {r}" for r, n in Counter(mine.values()).most_common())
+        print(f"lora/{module}.py: {len(mine)} mutants: {counts}")
+    unknown = [text for text in survivors if text not in listed]
+    for text in unknown:
         print(f"\nNot killed: {survivors[text]} ({results[survivors[text]]})\n{text}")
-    obsolete = set() if names else listed - survivors.keys()
+    obsolete = [] if names else sorted(listed - survivors.keys())
     for text in obsolete:
         print(f"\nListed in {LISTED.name}, but killed or gone:\n{text}")
-    return bool(survivors.keys() - listed or obsolete)
+    return bool(unknown or obsolete)
 
 
 if __name__ == "__main__":
