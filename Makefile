@@ -4,7 +4,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard book/*.ipynb)
 PROSE := book lora tests $(wildcard *.md) Makefile
 
-.PHONY: help book test style sync run reproduce lab clean
+.PHONY: help book test style mutants sync run reproduce lab clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -31,6 +31,9 @@ style: .venv/installed  ## format the code, also in notebooks, and mend what the
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 	$(BIN)/codespell $(PROSE)
 
+mutants: .venv/installed  ## break lora/ in one place at a time: does a test fail? (ONLY='lora.core.*' for some)
+	$(BIN)/python tests/mutants.py $(ONLY)
+
 sync: .venv/installed  ## rewrite the listings in the chapters from lora/
 	$(BIN)/python tests/listings.py sync
 
@@ -46,4 +49,4 @@ lab: .venv/installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book
 
 clean:  ## remove the built book, keep the environment
-	rm -rf _build
+	rm -rf _build _mutants

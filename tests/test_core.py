@@ -141,6 +141,8 @@ def test_initialization():
 
 def test_defaults_and_argument_order_are_the_series():
     assert LoRALinear(nn.Linear(2, 2)).rank == 4
+    (layer,) = inject_lora(nn.Sequential(nn.Linear(2, 2)))
+    assert (layer.rank, layer.scale) == (4, 2.0)
     (layer,) = inject_lora(nn.Sequential(nn.Linear(2, 2)), nn.Linear, 3, 6.0)
     assert (layer.rank, layer.scale) == (3, 2.0)
 
@@ -503,7 +505,12 @@ def test_numbers_of_other_libraries_are_accepted():
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "message"),
     [
-        (nn.Linear(2, 2), {}, ValueError, r"use LoRALinear\(module\)"),
+        (
+            nn.Linear(2, 2),
+            {},
+            ValueError,
+            r"cannot replace the root Linear: use LoRALinear\(module\)",
+        ),
         (nn.Sequential(nn.Tanh()), {}, ValueError, "no .*Linear.* found in Sequential"),
         (
             mlp(),

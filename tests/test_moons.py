@@ -86,6 +86,8 @@ def test_moons_batch_stacks_one_sample_a_seed():
     for i, seed in enumerate([7, 2]):
         expected = two_moons(20, 0.1, 10, seed, torch.float32)
         assert torch.equal(x[i], expected[0]) and torch.equal(y[i], expected[1])
+    for ours, expected in zip(moons_batch([3]), two_moons(seed=3)):
+        assert torch.equal(ours[0], expected)
 
 
 # --- moons_mlp
@@ -113,6 +115,7 @@ def test_network_depends_on_its_seed_alone_and_leaves_the_global_one():
     torch.manual_seed(1)
     assert same(states([first]), states([moons_mlp(3)]))
     assert not torch.equal(first[0].weight, moons_mlp(4)[0].weight)
+    assert same(states([moons_mlp()]), states([moons_mlp(0)]))
     single = moons_mlp(3, torch.float32)
     assert single[0].weight.dtype == torch.float32
     assert torch.equal(single[2].weight.double(), first[2].weight)
@@ -132,6 +135,7 @@ def test_training_together_is_training_one_by_one(rank, batch_size):
     models = adapted(seeds, rank) if rank else [moons_mlp(s) for s in seeds]
     alone = copy.deepcopy(models)
     losses = train(models, x, y, epochs=4, lr=3e-3, batch_size=batch_size, seed=9)
+    assert not losses.requires_grad
     expected = [
         train_alone(m, x[i], y[i], 4, 3e-3, batch_size, 9) for i, m in enumerate(alone)
     ]
@@ -206,6 +210,54 @@ def test_training_repeats_and_leaves_the_global_random_state():
     )
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_step_is_one_pass_over_memory_and_copies_no_gradient(epochs):
+    models, data, steps, copied = [moons_mlp(0)], moons_batch([0], n=10), [], []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten._fused_adamw_:
+                steps.append(len(args[0]))
+            if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_):
+                copied.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        train(models, *data, epochs=epochs, batch_size=5)
+    assert steps == [8] * 2 * epochs  # all 8 parameters at once
+    # the large matrices: laid out before the training, written back after it
+    assert copied.count(128 * 128) == 2 * 2
+
+
+class Gain(nn.Module):
+    """A layer with a parameter that has no dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.gain * x
+
+
+def test_parameters_of_any_shape_train():
+    models = [nn.Sequential(Gain(), nn.Linear(2, 2).double()) for _ in range(2)]
+    alone, (x, y) = copy.deepcopy(models), moons_batch([0, 1], n=20)
+    train(models, x, y, epochs=3)
+    for i, model in enumerate(alone):
+        train_alone(model, x[i], y[i], 3, 1e-3)
+        for p, q in zip(models[i].parameters(), model.parameters()):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_one_point_is_enough():
+    model, (x, y) = moons_mlp(0), moons_batch([0], n=2)
+    alone = copy.deepcopy(model)
+    losses = train([model], x[:, :1], y[:, :1], epochs=2)
+    expected = train_alone(alone, x[0, :1], y[0, :1], 2, 1e-3)
+    torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-12)
+
+
 def test_no_epochs_is_no_change():
     model, x, y = moons_mlp(0), *moons_batch([0], n=10)
     before = states([model])
@@ -220,7 +272,7 @@ def test_no_epochs_is_no_change():
 def test_accuracy_is_that_of_scikit_learn():
     x, y = moons_batch([0, 1, 2], n=77)
     models = [moons_mlp(s) for s in (0, 1, 2)]
-    got = accuracy(models, x, y)
+    got = accuracy(iter(models), x, y)  # any iterable will do
     assert got.shape == (3,) and not got.requires_grad
     for i, model in enumerate(models):
         expected = accuracy_score(y[i].numpy(), model(x[i]).detach().numpy().argmax(1))
@@ -228,11 +280,21 @@ def test_accuracy_is_that_of_scikit_learn():
 
 
 def test_pretrained_trains_each_model_on_its_own_source_data():
-    models, x, y = pretrained([4, 8], n=200, noise=0.1, epochs=3, lr=2e-3)
+    models, x, y = pretrained(iter([4, 8]), n=200, noise=0.1, epochs=3, lr=2e-3)
     expected = [moons_mlp(4), moons_mlp(8)]
     data = moons_batch([4, 8], n=200, noise=0.1)
     train(expected, *data, epochs=3, lr=2e-3)
     assert torch.equal(x, data[0]) and torch.equal(y, data[1])
+    assert same(states(models), states(expected))
+
+
+def test_defaults_of_pretrained_are_those_of_the_series():
+    _, x, y = pretrained([4], epochs=0)
+    data = moons_batch([4], n=1000, noise=0.15)
+    assert torch.equal(x, data[0]) and torch.equal(y, data[1])
+    models, x, y = pretrained([4], n=30)
+    expected = [moons_mlp(4)]
+    train(expected, x, y, epochs=60, lr=1e-3)
     assert same(states(models), states(expected))
 
 
@@ -275,7 +337,9 @@ def test_two_moons_refuses(arguments, message):
 
 
 def test_moons_batch_and_mlp_refuse():
-    with pytest.raises(ValueError, match="at least one seed"):
+    with pytest.raises(
+        ValueError, match="^seeds must hold at least one seed, got none$"
+    ):
         moons_batch([])
     with pytest.raises(
         ValueError, match="seed must be an integer of at least 0, got 0.5"
@@ -286,12 +350,15 @@ def test_moons_batch_and_mlp_refuse():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"models": []}, "at least one model"),
+        ({"models": []}, "^models must hold at least one model, got none$"),
         (
             {"models": [nn.Linear(2, 2).double(), nn.Linear(2, 3).double()]},
             r"models\[1\] and",
         ),
-        ({"models": [moons_mlp(0)] * 2}, "one model twice"),
+        (
+            {"models": [moons_mlp(0)] * 2},
+            "^models holds one model twice: use copy.deepcopy$",
+        ),
         ({"models": [moons_mlp(0)]}, "for 1 models, x must be"),
         ({"x": torch.zeros(20, 2, dtype=torch.float64)}, r"got x \(20, 2\)"),
         ({"x": torch.zeros(2, 0, 2, dtype=torch.float64)}, "n >= 1"),
@@ -301,6 +368,12 @@ def test_moons_batch_and_mlp_refuse():
             "got x torch.float32, y torch.int64 and models in",
         ),
         ({"y": torch.zeros(2, 20)}, "y torch.float32"),
+        (
+            {"x": torch.zeros(2, 0, 2).double(), "y": torch.zeros(2, 0).long()},
+            "n >= 1",
+        ),
+        ({"y": torch.zeros(20, dtype=torch.int64)}, r"y \(20,\)"),
+        ({"y": torch.tensor(1)}, r"y \(\)"),
         ({"epochs": -1}, "epochs must be an integer of at least 0, got -1"),
         ({"epochs": 1.5}, "epochs must be an integer of at least 0, got 1.5"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
@@ -318,8 +391,21 @@ def test_train_refuses_before_it_changes_anything(change, message):
     assert same(before, states(arguments["models"]))
 
 
+def test_accuracy_refuses_what_train_refuses():
+    with pytest.raises(ValueError, match="for 1 models, x must be"):
+        accuracy([moons_mlp(0)], *moons_batch([0, 1], n=20))
+
+
+def test_train_names_the_dtypes_of_a_mixed_model():
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    with pytest.raises(ValueError, match=r"models in torch\.float32, torch\.float64$"):
+        train([mixed], *moons_batch([0], n=20))
+
+
 def test_train_refuses_a_model_without_anything_to_train():
     model = moons_mlp(0)
     freeze_all(model)
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(
+        ValueError, match="^no parameter requires a gradient: nothing to train$"
+    ):
         train([model], *moons_batch([0], n=20))

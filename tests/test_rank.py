@@ -70,7 +70,8 @@ def test_each_size_has_its_own_line():
     )
     assert bill == {"weights": 20 + 50, "gradients": 30, "AdamW m and v": 140}
     assert training_bytes(1, 1) == {"weights": 8, "gradients": 4, "AdamW m and v": 8}
-    assert training_bytes(7e9)["AdamW m and v"] == 56e9  # the series' 7B figure
+    # the series' 7B figures
+    assert list(training_bytes(7e9).values()) == [28e9, 28e9, 56e9]
 
 
 @pytest.mark.parametrize("name", ["trainable", "frozen", *BYTES])
@@ -134,6 +135,15 @@ def test_energy_of_known_singular_values(scale):
     assert kept[-1] == 1
 
 
+def test_energy_of_diagonal_matrices_is_exact():
+    assert energy(torch.diag(torch.tensor([3.0, 0.0]))).tolist() == [1, 1]
+    assert energy(torch.tensor([[2.0], [1.0]])).tolist() == [1]
+    quarters = torch.eye(4)
+    assert energy(quarters).tolist() == [0.25, 0.5, 0.75, 1]
+    # a share that a rank keeps exactly needs no rank more
+    assert [rank_for_energy(quarters, s).item() for s in (0.25, 0.5, 0.51)] == [1, 2, 3]
+
+
 def test_rank_for_energy_of_known_singular_values():
     M = known([4, 2, 1])  # shares 0.762, 0.952, 1
     shares = {0.01: 1, 0.76: 1, 0.77: 2, 0.9: 2, 0.95: 2, 0.96: 3, 0.999: 3}
@@ -146,16 +156,22 @@ def test_rank_for_energy_of_known_singular_values():
     "function", [lambda M: truncate(M, 1), energy, rank_for_energy]
 )
 def test_bad_matrices_are_refused(function):
-    for bad in ([[1.0]], np.eye(2), torch.eye(2, dtype=torch.int64)):
-        with pytest.raises(TypeError, match="matrix must be a floating-point tensor"):
-            function(bad)
-    for bad in (torch.ones(3), torch.ones(0, 3), torch.tensor(1.0)):
+    named = {"list": [[1.0]], "ndarray": np.eye(2), "Tensor": torch.eye(2).long()}
+    for name, bad in named.items():
         with pytest.raises(
-            ValueError, match=r"matrix must have shape \(\.\.\., m, n\)"
+            TypeError, match=f"matrix must be a floating-point tensor, got {name}"
         ):
             function(bad)
+    shapes = {r"\(3,\)": (3,), r"\(0, 3\)": (0, 3), r"\(\)": ()}
+    for shape, bad in shapes.items():
+        with pytest.raises(
+            ValueError, match=rf"matrix must have shape \(\.\.\., m, n\), got {shape}$"
+        ):
+            function(torch.ones(bad))
     for bad in (math.inf, math.nan):
-        with pytest.raises(ValueError, match="matrix must be finite"):
+        with pytest.raises(
+            ValueError, match="^matrix must be finite, got an entry that is inf or nan$"
+        ):
             function(torch.tensor([[1.0, bad]]))
 
 
@@ -168,7 +184,9 @@ def test_bad_rank_share_and_zero_are_refused():
             rank_for_energy(torch.eye(2), share)
     with pytest.raises(ValueError, match="share must be a finite number"):
         rank_for_energy(torch.eye(2), math.nan)
-    with pytest.raises(ValueError, match="a matrix of zeros"):
+    with pytest.raises(
+        ValueError, match="^a matrix of zeros has no energy to share out$"
+    ):
         energy(torch.stack([torch.eye(2), torch.zeros(2, 2)]))
 
 
@@ -190,8 +208,9 @@ def test_random_subspace_starts_as_the_model_and_trains_z_alone():
     )
     assert [n for n, p in subspace.named_parameters() if p.requires_grad] == ["z"]
     assert count_trainable(subspace) == 6 and subspace.P.shape == (26, 6)
+    # one in float64 too: drawn in float32, it would be one up to 1e-7
     torch.testing.assert_close(
-        subspace.P.norm(dim=0), torch.ones(6, dtype=torch.float64)
+        subspace.P.norm(dim=0), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-14
     )
 
 
@@ -224,6 +243,7 @@ def test_gradient_of_z_is_the_projected_gradient_of_the_parameters():
 def test_random_subspace_depends_on_its_seed_only():
     draws = [RandomSubspace(small_model(), 3, seed=s).P for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[0], RandomSubspace(small_model(), 3).P)
     model, expected = small_model(), torch.random.get_rng_state()
     RandomSubspace(model, 3)
     assert torch.equal(torch.random.get_rng_state(), expected)
@@ -231,6 +251,15 @@ def test_random_subspace_depends_on_its_seed_only():
 
 def test_random_subspace_takes_the_models_dtype():
     assert RandomSubspace(small_model(torch.bfloat16), 3).z.dtype == torch.bfloat16
+
+
+def test_the_subspace_of_a_single_number_is_that_number():
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    start, subspace = model.weight.item(), RandomSubspace(model, 1)
+    with torch.no_grad():
+        subspace.z.fill_(3)
+    assert abs(subspace.P.item()) == pytest.approx(1, abs=1e-15)
+    assert subspace.theta()["weight"].item() == start + 3 * subspace.P.item()
 
 
 def test_a_full_random_basis_can_reach_any_parameters():
@@ -272,9 +301,17 @@ def test_random_subspace_refuses():
         RandomSubspace(small_model(), 2, seed=-1)
     with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
         RandomSubspace([1.0], 1)
-    mixed = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).double())
-    for model in (nn.Tanh(), mixed):
-        with pytest.raises(TypeError, match="must share one float dtype"):
+    mixed = nn.Sequential(nn.Linear(1, 1).double(), nn.Linear(1, 1))
+    whole = nn.Module()
+    whole.p = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
+    for model, dtypes in (
+        (nn.Tanh(), ""),
+        (mixed, "'torch.float32', 'torch.float64'"),
+        (whole, "'torch.int64'"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"must share one float dtype, got \[{dtypes}\]"
+        ):
             RandomSubspace(model, 1)
     assert all(p.requires_grad for p in mixed.parameters())  # refused before any change
 
