@@ -10,11 +10,14 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # The same examples on every run: a failure in CI is a failure on every desk.
 settings.register_profile("book", derandomize=True, deadline=None)
 settings.load_profile("book")
+# Small tensors: a second thread costs more than it brings.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "book"]
