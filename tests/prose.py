@@ -61,7 +61,9 @@ def paragraphs(markdown):
         links = re.findall(r"\]\((https?://[^)\s]+)\)", block)
         block = re.sub(r"\]\([^)]*\)|<[^>]*>|`[^`]*`|\bhttps?://\S+", " ", block)
         block = re.sub(
-            r"\b(Exercise|Chapter|chapter|Table|table|Python) [\d.]+", " ", block
+            r"\b(Exercise|Chapter|chapter|Table|table|Python) [\d.]+|\b\d+ min\b",
+            " ",
+            block,
         )
         yield block, links
 

@@ -252,6 +252,7 @@ def test_an_edited_output_and_a_swapped_figure(clone, notebook):
     assert cells == {f"Cell {code.index(c)}" for c in (counts, figures[0])}
     assert "The figure differs from the stored one" in text
     assert "make run ONLY=opening" in text
+    file.unlink()
 
 
 @pytest.mark.parametrize(
