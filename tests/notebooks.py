@@ -44,13 +44,15 @@ def faults(notebook):
                 yield where + "output ignored, and no assert beside it in the cell"
 
         hidden = tags & {"hide-input", "hide-cell"}
-        if hidden and not (
-            cell.metadata.get("jupyter", {}).get("source_hidden")
-            and cell.metadata.get("cellView") == "form"
-        ):
+        jupyter = cell.metadata.get("jupyter", {})
+        open_elsewhere = not jupyter.get("source_hidden") or (
+            "hide-cell" in tags and not jupyter.get("outputs_hidden")
+        )
+        if hidden and (open_elsewhere or cell.metadata.get("cellView") != "form"):
             yield (
                 where
-                + "hidden here, open in JupyterLab (source_hidden) or Colab (form)"
+                + "folded here, open in JupyterLab (source_hidden, outputs_hidden) "
+                "or Colab (cellView: form)"
             )
         lines = len(cell.source.split("\n")) - cell.source.count("\n\n")
         shown = not hidden and "listing" not in tags

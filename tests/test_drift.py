@@ -122,7 +122,7 @@ FAULTS = {
     "code hidden in the book only": (
         "hide-input",
         lambda cell: cell.metadata.pop("cellView"),
-        "open in JupyterLab (source_hidden) or Colab",
+        "folded here, open in JupyterLab",
     ),
     "a long cell": (
         "nbval-ignore-output",
