@@ -9,7 +9,7 @@ Chapter 2 of the book builds this file piece by piece.
 """
 
 import copy
-import math
+import sys
 from collections import Counter
 from numbers import Integral, Real
 
@@ -37,13 +37,16 @@ def check_settings(base, rank, alpha):
     """Raise TypeError or ValueError if `LoRALinear(base, rank, alpha)` cannot work."""
     if not isinstance(base, nn.Linear):
         raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
-    if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
+    kind, weight = type(base.weight), base.weight
+    dtypes = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    if kind is not nn.Parameter or weight.dtype not in dtypes:
         raise TypeError(
-            f"base.weight must be a float nn.Parameter, got {base.weight.dtype}"
+            f"base.weight must be an nn.Parameter in one of {dtypes}, "
+            f"got {kind.__name__} in {weight.dtype}"
         )
     if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
-    if not isinstance(alpha, Real) or not math.isfinite(alpha):
+    if not isinstance(alpha, Real) or not abs(alpha) <= sys.float_info.max:
         raise ValueError(f"alpha must be a finite number, got {alpha!r}")
 
 
@@ -61,12 +64,13 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int = 4, alpha: float = 8.0):
         super().__init__()
         check_settings(base, rank, alpha)
-        freeze_all(base)
         self.base, self.rank, self.alpha = base, rank, alpha
         self.scale = float(alpha / rank)
         like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.A = nn.Parameter(torch.randn(rank, base.in_features, **like) / rank)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        self.train(base.training)
+        freeze_all(base)  # last: if memory runs out above, the base is as it was
 
     def forward(self, x):
         # The scale meets rank numbers a token here; on the output it would meet d_out.
@@ -97,10 +101,10 @@ def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0):
 
     `target_class` is nn.Linear or a subclass of it. A layer that has several names gets
     one wrapper under all of them. A layer that is wrapped already is left alone, so
-    that a second call changes nothing and returns []. Parameters outside the wrapped
-    layers keep their `requires_grad`: call `freeze_all(module)` first to train the
-    adapters alone. All checks come before the first change. Raises ValueError if
-    `module` is itself such a layer or contains none, and whatever `LoRALinear` raises.
+    that a second call changes nothing, not even the rank, and returns []. Parameters
+    outside the wrapped layers keep their `requires_grad`: call `freeze_all(module)`
+    first to train the adapters alone. Raises ValueError if `module` is itself such a
+    layer or contains none, and whatever `LoRALinear` raises; then nothing has changed.
     """
     if isinstance(module, target_class):
         raise ValueError(
@@ -111,9 +115,15 @@ def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0):
         raise ValueError(f"no {target_class} found in {type(module).__name__}")
     wrappers = {m.base: m for m in find(module, LoRALinear).values()}
     new = [layer for layer in dict.fromkeys(found.values()) if layer not in wrappers]
-    for layer in new:
+    for layer in found.values():
         check_settings(layer, rank, alpha)
-    wrappers.update({layer: LoRALinear(layer, rank, alpha) for layer in new})
+    trained = [p for layer in new for p in layer.parameters() if p.requires_grad]
+    try:
+        wrappers.update({layer: LoRALinear(layer, rank, alpha) for layer in new})
+    except Exception:  # out of memory, say
+        for p in trained:
+            p.requires_grad_(True)
+        raise
     for name, layer in found.items():
         if not isinstance(module.get_submodule(name.rpartition(".")[0]), LoRALinear):
             module.set_submodule(name, wrappers[layer])
@@ -127,8 +137,9 @@ def merge_lora(module):
     in the base's dtype; the wrapper and its base stay as they are. Given any other
     module, replaces each wrapper inside it by such a copy, in place, and returns the
     module: layer types, `state_dict` keys and parameter count are the base model's
-    again. Merged layers are frozen. Raises ValueError, before any change, if other
-    parts of the model use a base weight too.
+    again. Merged layers are frozen. Raises ValueError, before any change, if another
+    part of `module` uses a wrapper's base, its weight or its bias too. It cannot see
+    what lies outside `module`: pass the whole model.
     """
     if isinstance(module, LoRALinear):
         merged = copy.deepcopy(module.base)
@@ -139,10 +150,8 @@ def merge_lora(module):
     for m in module.modules():
         uses.update([*m.children(), *m.parameters(recurse=False)])
     for name, layer in wrappers.items():
-        if max(uses[layer.base], uses[layer.base.weight]) > 1:
-            raise ValueError(
-                f"cannot merge {name}: another module uses its base weight too"
-            )
+        if max(uses[part] for part in (layer.base, *layer.base.parameters())) > 1:
+            raise ValueError(f"cannot merge {name}: another module shares its base")
     merged = {layer: merge_lora(layer) for layer in dict.fromkeys(wrappers.values())}
     for name, layer in wrappers.items():
         module.set_submodule(name, merged[layer])

@@ -9,6 +9,7 @@ argument.
 """
 
 import math
+import sys
 from numbers import Integral, Real
 
 import torch
@@ -21,7 +22,7 @@ from lora.core import freeze_all
 def check_number(name, value, least, kind=Real):
     """Raise ValueError unless `value` is a finite `kind`, `least` or greater."""
     real = isinstance(value, kind) and not isinstance(value, bool)
-    if real and math.isfinite(value) and value >= least:
+    if real and least <= value <= sys.float_info.max:
         return
     noun = "an integer" if kind is Integral else "a finite number"
     raise ValueError(f"{name} must be {noun} of at least {least}, got {value!r}")
@@ -54,10 +55,10 @@ def training_bytes(
 
 def check_matrix(matrix):
     """Raise TypeError or ValueError unless `matrix` is a finite float (..., m, n)."""
-    if not isinstance(matrix, torch.Tensor) or not matrix.is_floating_point():
-        raise TypeError(
-            f"matrix must be a floating-point tensor, got {type(matrix).__name__}"
-        )
+    tensor = isinstance(matrix, torch.Tensor)
+    kind = matrix.dtype if tensor else type(matrix).__name__
+    if kind not in (torch.float32, torch.float64):
+        raise TypeError(f"matrix must be a tensor in float32 or float64, got {kind}")
     if matrix.ndim < 2 or matrix.numel() == 0:
         raise ValueError(
             f"matrix must have shape (..., m, n), got {tuple(matrix.shape)}"
@@ -98,7 +99,7 @@ def rank_for_energy(matrix, share=0.9):
 
     `share` lies strictly between 0 and 1. Returns an int64 tensor of shape (...).
     """
-    check_number("share", share, least=0)
+    check_number("share", share, least=-math.inf)
     if not 0 < share < 1:
         raise ValueError(f"share must lie strictly between 0 and 1, got {share!r}")
     return (energy(matrix) < share).sum(-1) + 1
@@ -129,12 +130,12 @@ class RandomSubspace(nn.Module):
         total = sum(p.numel() for p in parameters)
         if dimension > total:
             raise ValueError(f"dimension must be at most {total}, got {dimension}")
-        freeze_all(model)
         self.model = model
         generator = torch.Generator().manual_seed(seed)
         P = torch.randn(total, dimension, generator=generator, dtype=torch.float64)
         self.register_buffer("P", (P / P.norm(dim=0)).to(parameters[0]))
         self.z = nn.Parameter(torch.zeros_like(self.P[0]))
+        freeze_all(model)  # last: if memory runs out above, the model is as it was
 
     def theta(self):
         """theta_0 + P z, as a dict from parameter name to tensor."""

@@ -336,6 +336,22 @@ def test_injecting_twice_leaves_one_layer_of_wrappers():
     assert inject_lora(layers[0]) == []
 
 
+def test_a_second_injection_with_bad_settings_is_refused():
+    model = mlp()
+    inject_lora(model)
+    with pytest.raises(ValueError, match="rank must be a positive integer, got 0"):
+        inject_lora(model, rank=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrappers_are_in_the_mode_of_their_model(training):
+    model = mlp().train(training)
+    inject_lora(model)
+    assert all(module.training is training for module in model.modules())
+    merge_lora(model)
+    assert all(module.training is training for module in model.modules())
+
+
 def test_one_linear_under_two_names_gets_one_wrapper():
     shared = nn.Linear(4, 4)
     inner = nn.ModuleDict({"c": shared})
@@ -436,12 +452,15 @@ def test_merging_a_model_without_wrappers_changes_nothing():
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("case", ["tied", "two wrappers", "bare use"])
+@pytest.mark.parametrize("case", ["tied", "tied bias", "two wrappers", "bare use"])
 def test_merging_a_shared_weight_is_refused(case):
-    head, other = nn.Linear(4, 9, bias=False), nn.Linear(4, 4)
+    head, other = nn.Linear(4, 9), nn.Linear(4, 4)
     if case == "tied":
         partner = nn.Embedding(9, 4)
         head.weight = partner.weight
+    elif case == "tied bias":
+        partner = nn.LayerNorm(9)
+        head.bias = partner.bias
     model = nn.ModuleDict({"other": other, "head": head})
     inject_lora(model)
     if case == "two wrappers":
@@ -469,14 +488,21 @@ def test_merging_a_shared_weight_is_refused(case):
         ({"rank": None}, ValueError, "got None"),
         ({"alpha": float("nan")}, ValueError, "alpha must be a finite number, got nan"),
         ({"alpha": float("inf")}, ValueError, "got inf"),
+        ({"alpha": 10**400}, ValueError, "alpha must be a finite number, got 1000"),
+        ({"rank": 10**13}, RuntimeError, "not enough memory|allocate"),
+        (
+            {"base": nn.Linear(2, 2).to(torch.float8_e4m3fn)},
+            TypeError,
+            "got Parameter in torch.float8_e4m3fn",
+        ),
         ({"alpha": "8"}, ValueError, "got '8'"),
         ({"base": nn.Conv2d(1, 1, 1)}, TypeError, "must be an nn.Linear, got Conv2d"),
         ({"base": LoRALinear(nn.Linear(2, 2))}, TypeError, "got LoRALinear"),
-        ({"base": nn.LazyLinear(2)}, TypeError, "float nn.Parameter"),
+        ({"base": nn.LazyLinear(2)}, TypeError, "got UninitializedParameter in"),
         (
             {"base": nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))},
             TypeError,
-            "float nn.Parameter",
+            r"one of .*float64\), got Tensor in torch.float32",
         ),
     ],
 )
@@ -491,7 +517,7 @@ def test_bad_settings_are_refused(arguments, error, message):
 def test_integer_weights_are_refused():
     base = nn.Linear(2, 2)
     base.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"got torch\.int8"):
+    with pytest.raises(TypeError, match=r"got Parameter in torch\.int8"):
         LoRALinear(base)
 
 
@@ -530,8 +556,9 @@ def test_numbers_of_other_libraries_are_accepted():
             nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)),
             {},
             TypeError,
-            "float nn.Parameter",
+            "got UninitializedParameter in",
         ),
+        (mlp(), {"rank": 10**13}, RuntimeError, "not enough memory|allocate"),
     ],
 )
 def test_a_refused_injection_leaves_the_model_as_it_was(

@@ -156,10 +156,12 @@ def test_rank_for_energy_of_known_singular_values():
     "function", [lambda M: truncate(M, 1), energy, rank_for_energy]
 )
 def test_bad_matrices_are_refused(function):
-    named = {"list": [[1.0]], "ndarray": np.eye(2), "Tensor": torch.eye(2).long()}
+    named = {"list": [[1.0]], "ndarray": np.eye(2), "torch.int64": torch.eye(2).long()}
+    named["torch.bfloat16"] = torch.eye(2).bfloat16()
     for name, bad in named.items():
         with pytest.raises(
-            TypeError, match=f"matrix must be a floating-point tensor, got {name}"
+            TypeError,
+            match=f"matrix must be a tensor in float32 or float64, got {name}",
         ):
             function(bad)
     shapes = {r"\(3,\)": (3,), r"\(0, 3\)": (0, 3), r"\(\)": ()}
