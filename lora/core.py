@@ -112,7 +112,8 @@ def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0):
         )
     found = find(module, target_class)
     if not found:
-        raise ValueError(f"no {target_class} found in {type(module).__name__}")
+        sought = getattr(target_class, "__name__", target_class)
+        raise ValueError(f"no {sought} found in {type(module).__name__}")
     wrappers = {m.base: m for m in find(module, LoRALinear).values()}
     new = [layer for layer in dict.fromkeys(found.values()) if layer not in wrappers]
     for layer in found.values():

@@ -69,15 +69,21 @@ def check_stack(models, x, y):
         raise ValueError("models must hold at least one model, got none")
 
     def layout(model):
-        return [
-            (k, p.shape, p.dtype, p.requires_grad) for k, p in model.named_parameters()
+        """What has to be the same in all models: all but the values of tensors."""
+        settings = [
+            (type(m), [v for v in vars(m).values() if isinstance(v, (int, float, str))])
+            for m in model.modules()
         ]
+        parameters = model.named_parameters()
+        return settings, [(k, p.shape, p.dtype, p.requires_grad) for k, p in parameters]
 
     if len({id(m) for m in models}) < len(models):
         raise ValueError("models holds one model twice: use copy.deepcopy")
     for i, model in enumerate(models):
         if layout(model) != layout(models[0]):
-            raise ValueError(f"models[{i}] and models[0] differ in their parameters")
+            raise ValueError(
+                f"models[{i}] and models[0] differ in layers, settings or parameters"
+            )
     n = y.shape[-1] if y.dim() else 0
     if n == 0 or not x.shape[:-1] == y.shape == (len(models), n):
         raise ValueError(
@@ -115,6 +121,8 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
     check_number("batch_size", batch_size, least=1, kind=Integral)
     check_number("seed", seed, least=0, kind=Integral)
     check_number("lr", lr, least=0)
+    if any(getattr(m, "running_mean", None) is not None for m in models[0].modules()):
+        raise ValueError("batch norm is not supported: its running mean would be lost")
     params, buffers = stack_module_state(models)  # all gain a first dimension of size S
     for name, p in params.items():
         if p.dim() == 3:  # laid out as backward() lays out a gradient: spares a copy
@@ -129,9 +137,9 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
     # wrong entries.
     optimizer = torch.optim.AdamW(trainable.values(), lr=lr, fused=True)
     order = torch.Generator().manual_seed(seed)
-    losses = torch.zeros(len(models), epochs, dtype=x.dtype)
+    losses = torch.zeros(len(models), epochs, dtype=x.dtype, device=x.device)
     for epoch in range(epochs):
-        rows = torch.randperm(x.shape[1], generator=order)
+        rows = torch.randperm(x.shape[1], generator=order).to(x.device)
         batches = (t[:, rows].split(batch_size, dim=1) for t in (x, y))
         for points, labels in zip(*batches):
             logits = forward(points).transpose(

@@ -409,3 +409,22 @@ def test_train_refuses_a_model_without_anything_to_train():
         ValueError, match="^no parameter requires a gradient: nothing to train$"
     ):
         train([model], *moons_batch([0], n=20))
+
+
+@pytest.mark.parametrize("change", ["scale", "layer", "mode"])
+def test_models_that_differ_in_more_than_values_are_refused(change):
+    models = adapted([0, 1], rank=2)
+    if change == "scale":
+        models[1][2].scale *= 2
+    elif change == "layer":
+        models[1][1] = nn.ReLU()
+    else:
+        models[1].eval()
+    with pytest.raises(ValueError, match=r"models\[1\] and models\[0\] differ in"):
+        train(models, *moons_batch([0, 1], n=20))
+
+
+def test_batch_norm_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double()
+    with pytest.raises(ValueError, match="batch norm is not supported"):
+        train([model], *moons_batch([0], n=20))

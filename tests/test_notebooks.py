@@ -60,7 +60,7 @@ def test_reading_times():
                 texts = [cell.source] + [o.get("text", "") for o in cell.outputs]
                 lines += sum(len(text.splitlines()) for text in texts)
         minutes = words / 200 + lines / 20
-        (said,) = re.findall(rf"\]\({name}\).* (\d+) min", index)
+        (said,) = re.findall(rf"\]\({name}\).* (\d+) min to read", index)
         assert abs(int(said) - minutes) <= 5, f"{name}: {minutes:.0f} minutes to read"
 
 

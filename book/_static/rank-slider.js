@@ -8,7 +8,7 @@ for (const image of document.querySelectorAll(".tag_rank-slider .cell_output img
   viewer.innerHTML = `
     <div class="window"><img alt="" src="${image.src}"></div>
     <label>rank k = <output></output>
-      <input type="range" min="0" max="${ranks.length - 1}" value="0"></label>`;
+      <input type="range" min="0" max="${ranks.length - 1}" value="2"></label>`;
   const [picture, output, input] = ["img", "output", "input"].map((tag) => viewer.querySelector(tag));
   picture.style.width = `${100 * ranks.length}%`;
   const show = () => {
