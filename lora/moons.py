@@ -137,9 +137,9 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
     # wrong entries.
     optimizer = torch.optim.AdamW(trainable.values(), lr=lr, fused=True)
     order = torch.Generator().manual_seed(seed)
-    losses = torch.zeros(len(models), epochs, dtype=x.dtype, device=x.device)
+    losses = x.new_zeros(len(models), epochs)
     for epoch in range(epochs):
-        rows = torch.randperm(x.shape[1], generator=order).to(x.device)
+        rows = torch.randperm(x.shape[1], generator=order)
         batches = (t[:, rows].split(batch_size, dim=1) for t in (x, y))
         for points, labels in zip(*batches):
             logits = forward(points).transpose(

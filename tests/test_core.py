@@ -521,6 +521,12 @@ def test_integer_weights_are_refused():
         LoRALinear(base)
 
 
+def test_the_largest_alpha_is_accepted():
+    assert (
+        LoRALinear(nn.Linear(2, 2), 1, sys.float_info.max).scale == sys.float_info.max
+    )
+
+
 def test_numbers_of_other_libraries_are_accepted():
     import numpy as np
 
@@ -537,12 +543,18 @@ def test_numbers_of_other_libraries_are_accepted():
             ValueError,
             r"cannot replace the root Linear: use LoRALinear\(module\)",
         ),
-        (nn.Sequential(nn.Tanh()), {}, ValueError, "no .*Linear.* found in Sequential"),
+        (nn.Sequential(nn.Tanh()), {}, ValueError, "^no Linear found in Sequential$"),
+        (
+            nn.Sequential(nn.Tanh()),
+            {"target_class": (nn.Linear,)},
+            ValueError,
+            r"^no \(<class '.*Linear'>,\) found in Sequential$",
+        ),
         (
             mlp(),
             {"target_class": nn.Conv2d},
             ValueError,
-            "no .*Conv2d.* found in Sequential",
+            "^no Conv2d found in Sequential$",
         ),
         (mlp(), {"rank": 0}, ValueError, "rank must be a positive integer"),
         (mlp(), {"alpha": float("nan")}, ValueError, "alpha must be a finite number"),
