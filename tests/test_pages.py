@@ -1,5 +1,6 @@
 """The built pages as a reader meets them. Those after `facts` need a browser."""
 
+import itertools
 import re
 from copy import copy
 from functools import cache
@@ -280,3 +281,24 @@ def test_copy_buttons_copy_the_code(view, site, page):
     cell.locator("button.copybtn").click()
     copied = view.evaluate("navigator.clipboard.readText()").strip()
     assert copied == code_cells(page)[0].source, f"{page}: copied {copied!r}"
+
+
+def test_the_slider_moves_through_the_ranks(view, site):
+    page = "book/01-intrinsic-rank"
+    view.goto(f"{site}{page}.html")
+    slider, picture = (view.locator(f".rank-slider {tag}") for tag in ("input", "img"))
+    ranks, offsets = [], []
+    slider.press("Home")
+    for _ in range(6):
+        ranks.append(slider.get_attribute("aria-valuetext"))
+        offsets.append(round(picture.bounding_box()["x"]))
+        slider.press("ArrowRight")
+    assert ranks == [f"rank {k}" for k in (0, 1, 2, 3, 4, 128)], "see rank-slider.js"
+    steps = {a - b for a, b in itertools.pairwise(offsets)}
+    width = view.locator(".rank-slider .window").bounding_box()["width"]
+    assert all(abs(step - width) <= 1 for step in steps), "a step must be one column"
+    still = view.locator(".rank-slider-still")
+    assert "Six columns" in still.get_attribute("alt"), f"{page}: the figure's alt text"
+    view.emulate_media(media="print")
+    assert still.bounding_box()["width"] > 300, "in print the still figure must show"
+    assert not slider.is_visible(), "in print the slider must go; see custom.css"
