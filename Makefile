@@ -18,7 +18,7 @@ help:  ## list the commands
 	@touch $@
 
 book: .venv/installed  ## build the book; a warning is an error
-	$(BIN)/jupyter-book build --quiet -W -n --keep-going .
+	$(BIN)/jupyter-book build --all --quiet -W -n --keep-going .
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
 test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output

@@ -44,9 +44,9 @@ def book():
         command = [
             str(Path(sys.executable).parent / "jupyter-book"),
             "build",
-            "--quiet",
+            "--all",  # the site map lists only the pages of one and the same build
         ]
-        command += ["-W", "-n", "--keep-going", str(ROOT)]
+        command += ["--quiet", "-W", "-n", "--keep-going", str(ROOT)]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, "`make book` fails:\n" + run.stdout + run.stderr
     return html
