@@ -20,7 +20,7 @@ def use_book_style():
     lines += cycler(linestyle=["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))])
     plt.rcParams.update(
         {
-            "figure.figsize": (7, 3.4),
+            "figure.figsize": (4.3, 2.9),
             "figure.dpi": 150,
             "figure.constrained_layout.use": True,
             "figure.facecolor": "white",

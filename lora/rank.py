@@ -9,23 +9,14 @@ argument.
 """
 
 import math
-import sys
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from lora.checks import check_number
 from lora.core import freeze_all
-
-
-def check_number(name, value, least, kind=Real):
-    """Raise ValueError unless `value` is a finite `kind`, `least` or greater."""
-    real = isinstance(value, kind) and not isinstance(value, bool)
-    if real and least <= value <= sys.float_info.max:
-        return
-    noun = "an integer" if kind is Integral else "a finite number"
-    raise ValueError(f"{name} must be {noun} of at least {least}, got {value!r}")
 
 
 def training_bytes(

@@ -1,16 +1,15 @@
-"""`lora.moons` against scikit-learn, numpy and a plain loop, one model at a time."""
+"""`lora.training` against a plain loop, one model at a time, and scikit-learn."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from sklearn.datasets import make_moons
 from sklearn.metrics import accuracy_score
 from torch import nn
 
 from lora import count_trainable, freeze_all, inject_lora
-from lora.moons import accuracy, moons_batch, moons_mlp, pretrained, train, two_moons
+from lora.moons import moons_batch, moons_mlp
+from lora.training import accuracy, train
 
 
 def train_alone(model, x, y, epochs, lr, batch_size=64, seed=0):
@@ -50,79 +49,6 @@ def states(models):
 
 def same(first, second):
     return all(torch.equal(a[k], b[k]) for a, b in zip(first, second) for k in a)
-
-
-# --- two_moons and moons_batch
-# ---------------------------------------------------------------
-
-
-def test_two_moons_without_rotation_is_make_moons():
-    x, y = two_moons(101, noise=0.3, seed=5)
-    points, labels = make_moons(n_samples=101, noise=0.3, random_state=5)
-    assert x.dtype == torch.float64 and y.dtype == torch.int64
-    np.testing.assert_array_equal(x.numpy(), points)
-    np.testing.assert_array_equal(y.numpy(), labels)
-
-
-@pytest.mark.parametrize("degrees", [-30, 45, 90.0, 400])
-def test_rotation_is_counterclockwise_about_the_origin(degrees):
-    x, y = two_moons(50, degrees=degrees, seed=1)
-    points, labels = make_moons(n_samples=50, noise=0.15, random_state=1)
-    turned = (points[:, 0] + 1j * points[:, 1]) * np.exp(1j * np.deg2rad(degrees))
-    np.testing.assert_allclose(x.numpy(), np.c_[turned.real, turned.imag], atol=1e-12)
-    np.testing.assert_array_equal(y.numpy(), labels)
-
-
-def test_defaults_are_those_of_the_series():
-    x, _ = two_moons()
-    points, _ = make_moons(n_samples=1000, noise=0.15, random_state=0)
-    np.testing.assert_array_equal(x.numpy(), points)
-    assert two_moons(noise=0, dtype=torch.float32)[0].dtype == torch.float32
-
-
-def test_moons_batch_stacks_one_sample_a_seed():
-    x, y = moons_batch([7, 2], n=20, noise=0.1, degrees=10, dtype=torch.float32)
-    assert x.shape == (2, 20, 2) and y.shape == (2, 20)
-    for i, seed in enumerate([7, 2]):
-        expected = two_moons(20, 0.1, 10, seed, torch.float32)
-        assert torch.equal(x[i], expected[0]) and torch.equal(y[i], expected[1])
-    for ours, expected in zip(moons_batch([3]), two_moons(seed=3)):
-        assert torch.equal(ours[0], expected)
-
-
-# --- moons_mlp
-# -------------------------------------------------------------------------------
-
-
-def test_network_is_that_of_the_series():
-    model = moons_mlp()
-    sizes = [(m.in_features, m.out_features) for m in model if isinstance(m, nn.Linear)]
-    assert sizes == [(2, 128), (128, 128), (128, 128), (128, 2)]
-    assert count_trainable(model) == 33_666
-    x = torch.randn(5, 2, dtype=torch.float64)
-    W = [p.detach().numpy() for p in model.parameters()]
-    h = x.numpy()
-    for i in (0, 2, 4):
-        h = np.tanh(h @ W[i].T + W[i + 1])
-    np.testing.assert_allclose(model(x).detach().numpy(), h @ W[6].T + W[7], atol=1e-12)
-
-
-def test_network_depends_on_its_seed_alone_and_leaves_the_global_one():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    first = moons_mlp(3)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(1)
-    assert same(states([first]), states([moons_mlp(3)]))
-    assert not torch.equal(first[0].weight, moons_mlp(4)[0].weight)
-    assert same(states([moons_mlp()]), states([moons_mlp(0)]))
-    single = moons_mlp(3, torch.float32)
-    assert single[0].weight.dtype == torch.float32
-    assert torch.equal(single[2].weight.double(), first[2].weight)
-
-
-# --- train
-# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [None, 1, 3])
@@ -265,10 +191,6 @@ def test_no_epochs_is_no_change():
     assert same(before, states([model]))
 
 
-# --- accuracy and pretrained
-# -----------------------------------------------------------------
-
-
 def test_accuracy_is_that_of_scikit_learn():
     x, y = moons_batch([0, 1, 2], n=77)
     models = [moons_mlp(s) for s in (0, 1, 2)]
@@ -277,74 +199,6 @@ def test_accuracy_is_that_of_scikit_learn():
     for i, model in enumerate(models):
         expected = accuracy_score(y[i].numpy(), model(x[i]).detach().numpy().argmax(1))
         assert got[i].item() == pytest.approx(expected, abs=1e-15)
-
-
-def test_pretrained_trains_each_model_on_its_own_source_data():
-    models, x, y = pretrained(iter([4, 8]), n=200, noise=0.1, epochs=3, lr=2e-3)
-    expected = [moons_mlp(4), moons_mlp(8)]
-    data = moons_batch([4, 8], n=200, noise=0.1)
-    train(expected, *data, epochs=3, lr=2e-3)
-    assert torch.equal(x, data[0]) and torch.equal(y, data[1])
-    assert same(states(models), states(expected))
-
-
-def test_defaults_of_pretrained_are_those_of_the_series():
-    _, x, y = pretrained([4], epochs=0)
-    data = moons_batch([4], n=1000, noise=0.15)
-    assert torch.equal(x, data[0]) and torch.equal(y, data[1])
-    models, x, y = pretrained([4], n=30)
-    expected = [moons_mlp(4)]
-    train(expected, x, y, epochs=60, lr=1e-3)
-    assert same(states(models), states(expected))
-
-
-def test_the_network_learns_the_moons():
-    models, _, _ = pretrained([0], epochs=15)
-    assert accuracy(models, *moons_batch([2000], n=2000)).item() > 0.97
-    assert accuracy(models, *moons_batch([2000], n=2000, degrees=45)).item() < 0.75
-
-
-# --- bad arguments
-# ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"n": 1}, "n must be an integer of at least 2, got 1"),
-        ({"n": 10.0}, "n must be an integer of at least 2, got 10.0"),
-        ({"n": True}, "n must be an integer of at least 2, got True"),
-        ({"noise": -0.1}, "noise must be a finite number of at least 0, got -0.1"),
-        (
-            {"noise": float("inf")},
-            "noise must be a finite number of at least 0, got inf",
-        ),
-        ({"noise": None}, "noise must be a finite number of at least 0, got None"),
-        (
-            {"degrees": float("nan")},
-            "degrees must be a finite number of at least -inf, got nan",
-        ),
-        (
-            {"degrees": "45"},
-            "degrees must be a finite number of at least -inf, got '45'",
-        ),
-        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-    ],
-)
-def test_two_moons_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        two_moons(**arguments)
-
-
-def test_moons_batch_and_mlp_refuse():
-    with pytest.raises(
-        ValueError, match="^seeds must hold at least one seed, got none$"
-    ):
-        moons_batch([])
-    with pytest.raises(
-        ValueError, match="seed must be an integer of at least 0, got 0.5"
-    ):
-        moons_mlp(0.5)
 
 
 @pytest.mark.parametrize(

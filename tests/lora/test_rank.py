@@ -12,11 +12,10 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from lora import LoRALinear, count_trainable
-from lora.moons import moons_mlp, train, two_moons
+from lora.moons import moons_mlp, two_moons
 from lora.rank import (
     RandomSubspace,
     break_even_rank,
-    check_number,
     energy,
     lora_parameters,
     rank_for_energy,
@@ -359,14 +358,3 @@ def test_counts_refuse(bad):
                 ValueError, match=f"{name} must be an integer of at least 1"
             ):
                 break_even_rank(*arguments[:2])
-
-
-def test_check_number_accepts_and_says_what_it_was_given():
-    for value in (0, 0.5, np.float64(2), np.int64(3)):
-        check_number("x", value, least=0)
-    check_number("x", sys.float_info.max, least=0)
-    check_number("x", -3, least=-math.inf)
-    with pytest.raises(
-        ValueError, match="x must be a finite number of at least 1, got 0.5"
-    ):
-        check_number("x", 0.5, least=1)

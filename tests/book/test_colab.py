@@ -23,7 +23,7 @@ from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 
 URL = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
-COLAB = "torch", "numpy", "matplotlib", "scikit-learn", "ipykernel", "pip"
+COLAB = "torch", "numpy", "pandas", "matplotlib", "scikit-learn", "ipykernel", "pip"
 AT_A_TIME = 2  # with one thread each, so that timings within a chapter stay undisturbed
 WHENCE = """import sys
 print(*(m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "lora"))"""

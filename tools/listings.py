@@ -1,0 +1,65 @@
+"""Listing cells are the package's source, letter for letter. `make sync` rewrites them.
+
+A cell tagged `listing` holds whole top-level definitions of the package. Which ones is
+read from the cell itself: every line that begins with `def NAME` or `class NAME`.
+"""
+
+import ast
+import re
+
+from register import sources
+
+
+def definitions(source):
+    """Name -> text of each top-level function or class, decorators included."""
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def package():
+    """Module -> its definitions, of the whole package."""
+    return {name: definitions(file.read_text()) for name, file in sources().items()}
+
+
+def listing_cells(notebook):
+    """(index, cell, names defined in it) of each cell tagged `listing`."""
+    for i, cell in enumerate(notebook.cells):
+        if "listing" in cell.metadata.get("tags", []):
+            names = re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE)
+            yield i, cell, names
+
+
+def sync(notebook, modules):
+    """Put the package's definitions into the notebook's listing cells, in place."""
+    known = {name: text for module in modules.values() for name, text in module.items()}
+    for i, cell, names in listing_cells(notebook):
+        missing = [name for name in names if name not in known]
+        if missing or not names:
+            raise ValueError(
+                f"listing cell {i} defines {names}, not in the package: {missing}"
+            )
+        cell.source = "\n\n\n".join(known[name] for name in names)
+
+
+def drift(notebook, modules, owned):
+    """A sentence for each listing that is not the package's, letter for letter.
+
+    The chapter lists each definition of the modules `owned` once; it may list others.
+    """
+    known = {name: text for module in modules.values() for name, text in module.items()}
+    listed = []
+    for i, cell, names in listing_cells(notebook):
+        listed += names
+        if cell.source != "\n\n\n".join(known.get(name, "") for name in names):
+            yield (
+                f"cell {i}: the listing of {', '.join(names) or 'nothing'} differs "
+                "from the package. Edit lora/, then call `make sync`"
+            )
+    for name in {*listed, *(name for module in owned for name in modules[module])}:
+        if not listed.count(name) == 1 == (name in known):
+            yield f"{name} must be listed once, in a cell tagged `listing`"

@@ -1,0 +1,53 @@
+"""The one register of chapters: `_toc.yml` lists the pages, a notebook says the rest.
+
+A notebook's metadata hold `book`: the modules of lora/ that it builds, a word by which
+the search must find it, and what a reader learns. All other lists are made from here.
+"""
+
+import re
+from collections import namedtuple
+from functools import cache
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+REPOSITORY = CONFIG["repository"]["url"]
+BRANCH = CONFIG["repository"]["branch"]
+BASE = CONFIG["html"]["baseurl"]
+COLAB = REPOSITORY.replace("github.com", "colab.research.google.com/github")
+
+Chapter = namedtuple("Chapter", "path title modules search learn")
+
+
+def pages():
+    """The pages of the book in order, without a suffix: `book/index`, ..."""
+    parts = TOC.get("parts", [TOC])
+    return [TOC["root"], *(c["file"] for part in parts for c in part["chapters"])]
+
+
+@cache
+def chapters():
+    """The chapters in order: the pages that are notebooks."""
+    found = []
+    for page in pages():
+        path = ROOT / f"{page}.ipynb"
+        if path.exists():
+            notebook = nbformat.read(path, as_version=4)
+            title = re.match("# (.*)", notebook.cells[0].source)[1]
+            found.append(Chapter(path, title, **notebook.metadata["book"]))
+    return found
+
+
+def sources():
+    """Name of each module of the package -> its file; `__init__` only names things."""
+    return {f.stem: f for f in sorted((ROOT / "lora").glob("[!_]*.py"))}
+
+
+def colab(chapter):
+    """The address that opens a chapter on Colab."""
+    return f"{COLAB}/blob/{BRANCH}/book/{chapter.path.name}"
