@@ -65,10 +65,15 @@
     for (const section of page.querySelectorAll(".bd-article section[id]")) {
       const own = section.cloneNode(true);
       for (const inner of own.querySelectorAll("section")) inner.remove();
+      // All words are worth more than one; the title more than the text, that more than a fold.
+      const found = (node) => [...(node?.textContent ?? "").matchAll(pattern)].map((m) => m[0].toLowerCase());
+      const all = found(own);
+      const different = words.filter((word) => all.some((match) => match.startsWith(word)));
+      const title = found(own.querySelector("h1, h2, h3")).length;
+      for (const fold of own.querySelectorAll("details")) if (found(own).length > found(fold).length) fold.remove();
       const text = own.textContent.replace(/\s+/g, " ");
-      const matches = [...text.matchAll(pattern)].map((match) => match[0].toLowerCase());
-      const different = words.filter((word) => matches.some((match) => match.startsWith(word)));
-      if (matches.length) hits.push({ section, text, score: 100 * different.length + matches.length });
+      const score = 100 * different.length + 10 * title + Math.min(found(own).length, 9);
+      if (all.length) hits.push({ section, text, score });
     }
     hits.sort((a, b) => b.score - a.score);
     const list = document.createElement("ul");
