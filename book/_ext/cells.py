@@ -8,7 +8,6 @@ from myst_nb.sphinx_ import HideCodeCellNode
 from sphinx.domains.math import MathDomain
 from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
-from sphinx.util.images import get_image_size
 
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 TITLE = re.compile(r"# @title (.*)\n*")
@@ -32,7 +31,6 @@ class Cells(SphinxTransform):
         self.label_folds()
         self.number_equations()
         self.frame_tables()
-        self.size_figures()
         self.announce_targets()
 
     def drop_comments(self):
@@ -56,6 +54,8 @@ class Cells(SphinxTransform):
                 code.rawsource = code.astext()[title.end() :]
                 code.children = [nodes.Text(code.rawsource)]
             cell["prompt_show"] = cell["prompt_hide"] = label
+            if label.startswith("Solution"):
+                cell["classes"].append("solution")  # is printed, other folds are not
 
     def number_equations(self):
         """An equation after an anchor, `<a id="eq-NAME"></a>`, has a number."""
@@ -95,15 +95,6 @@ class Cells(SphinxTransform):
             text = FRAME.format(html.escape(name)) + text + "</div>"
             raw.replace_self(nodes.raw("", text, format="html"))
 
-    def size_figures(self):
-        """150 dots an inch in the file, 100 px an inch on a wide screen."""
-        for output in self.document.findall(nodes.container):
-            if output.get("nb_element") == "cell_code_output":
-                for image in output.findall(nodes.image):
-                    size = get_image_size(self.app.srcdir / image["uri"].lstrip("/"))
-                    if size:
-                        image["width"] = f"{size[0] * 2 // 3}px"
-
     def announce_targets(self):
         """Links from other pages, `[](page.ipynb#fig-name)`, know headings alone."""
         slugs = self.env.metadata[self.env.docname].setdefault("myst_slugs", {})
@@ -138,7 +129,9 @@ def depart_table(self, node):
 
 def frame_written_tables(app, pagename, templatename, context, doctree):
     """Tables written in Markdown scroll as DataFrames do."""
-    parts = context.get("body", "").split('<div class="pst-scrollable-table-container">')
+    parts = context.get("body", "").split(
+        '<div class="pst-scrollable-table-container">'
+    )
     for i in range(1, len(parts)):
         parts[i] = FRAME.format(f"Unnumbered table {i}") + parts[i]
     context["body"] = "".join(parts)

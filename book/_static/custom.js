@@ -2,7 +2,7 @@
 let folded = [];
 addEventListener("beforeprint", () => {
   folded = [
-    ...document.querySelectorAll(".tag_hide-cell details:not([open])"),
+    ...document.querySelectorAll(".solution details:not([open])"),
     ...document.querySelectorAll("details:not(.hide, [open])"),
   ];
   for (const details of folded) details.open = true;

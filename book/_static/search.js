@@ -1,6 +1,7 @@
-/* A search hit opens its section, scrolled to the word, which is marked. The theme loads
-   Sphinx's search on every page, so that Sphinx's own marking, which wants to know by
-   its absence that this is not the search page, never runs. */
+/* A search hit opens its section, scrolled to the word, which is marked. Sphinx's own
+   marking cannot do that: it takes the lack of `Search` for a sign that this is not the
+   search page, and the theme loads `Search` on every page. This script comes first, so
+   that Sphinx finds nothing left to mark. */
 {
   const wanted = (words) => new RegExp(
     `(?<![\\p{L}\\p{N}_])(?:${words.map((w) => w.replace(/[^\p{L}\p{N}_]/gu, "\\$&")).join("|")})[\\p{L}\\p{N}_]*`, "giu");
@@ -53,7 +54,7 @@
   }
 
   // On the search page: the sections of a page in which the words are, with the text.
-  if (results) Search.makeSearchSummary = (html, keywords, anchor) => {
+  const sections = (html, keywords, anchor) => {
     const page = new DOMParser().parseFromString(html, "text/html");
     for (const tag of page.querySelectorAll(".headerlink, script, style")) tag.remove();
     const all = page.querySelector(".bd-article").textContent.toLowerCase();
@@ -98,4 +99,5 @@
     });
     return list;
   };
+  if (results) addEventListener("DOMContentLoaded", () => Search.makeSearchSummary = sections);
 }
