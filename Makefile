@@ -4,7 +4,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(wildcard book/*.ipynb)
 PROSE := book lora tests $(wildcard *.md) Makefile
 
-.PHONY: help book test style mutants sync run reproduce lab clean
+.PHONY: help book pdf test style mutants sync run reproduce lab clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -20,6 +20,9 @@ help:  ## list the commands
 book: .venv/installed  ## build the book; a warning is an error
 	$(BIN)/jupyter-book build --all --quiet -W -n --keep-going .
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+pdf: book  ## build the book, then one PDF of it, which the pages offer (needs Chromium or Chrome)
+	$(BIN)/python tools/pdf.py
 
 test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output
 	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .

@@ -5,6 +5,7 @@ becomes a table with a filter. When the pages are written, they are made lighter
 """
 
 import html
+import logging
 import re
 import struct
 import subprocess
@@ -62,7 +63,7 @@ times a flat thin matrix A. Together A and B hold far fewer numbers than W.</tit
 <text x="{SIDE + 14}" y="{SIDE / 2 + 5}" class="sign">+</text>
 <rect class="trained b" x="{x - rank / 2}" y="1" width="{rank}" height="{SIDE}"/>
 <text x="{x}" y="150"><tspan class="name">B</tspan> trained</text>
-<text x="{x + 46}" y="{SIDE / 2 + 5}" class="sign">·</text>
+<text x="{x + 46}" y="{SIDE / 2 + 5}" class="sign">×</text>
 <rect class="trained a" x="{x + 62}" y="{SIDE / 2 + 1 - rank / 2}" width="{SIDE}" height="{rank}"/>
 <text x="{x + 62 + SIDE / 2}" y="150"><tspan class="name">A</tspan> trained</text>
 </svg>
@@ -84,8 +85,8 @@ def verdicts():
         for v, n in counts.items()
     )
     return (
-        f"<p>The series makes {sum(counts.values())} claims that a small machine or a "
-        "library can check. Each was tried:</p>"
+        f"<p>{sum(counts.values())} claims of the series were checked, one by one. "
+        "Each part of the bar opens its list:</p>"
         f'<ul class="verdicts" aria-label="Verdicts on the claims">{parts}</ul>'
     )
 
@@ -192,7 +193,7 @@ def is_tail(node):
     if isinstance(node, nodes.Text):
         return not node.strip(" \n·,;")
     target = node.get("reftarget", "") or node.get("refuri", "")
-    return "ipynb" in target or re.match(r"\d\d-", target) is not None
+    return re.search(r"(^|/)\d\d-[\w-]+", target) is not None
 
 
 def row_of(item, number, part):
@@ -287,7 +288,8 @@ def claims_table(app, doctree):
     found, first = ledger.rows(), None
     part = {row.number: row.part for row in found}
     for badge in list(doctree.findall(nodes.strong)):
-        if badge.astext() in ledger.VERDICTS:  # where the page says what they are
+        # where the page says what they are; a row gets its own
+        if badge.astext() in ledger.VERDICTS and badge.parent.parent.tagname == "section":
             badge["classes"] += ["verdict", ledger.key(badge.astext())]
     for items in list(doctree.findall(nodes.enumerated_list)):
         number = items.get("start", 1)
@@ -297,6 +299,18 @@ def claims_table(app, doctree):
             first = section.parent.index(section)
             section.parent.insert(first, raw(filters(found)))
         items.replace_self(table_of(numbered, part[number]))
+
+
+# On paper -----------------------------------------------------------------------------
+
+
+def mark_solutions(app, doctree):
+    """Of the cells that are folded as a whole, paper shows the solutions alone."""
+    for cell in doctree.findall(nodes.container):
+        if "tag_hide-cell" in cell["classes"] and re.match(
+            r"# (@title )?Solution", cell.astext().lstrip()
+        ):
+            cell["classes"].append("solution")
 
 
 # What a page weighs -------------------------------------------------------------------
@@ -352,6 +366,7 @@ def icons(static, used):
     for text in wanted:
         code = re.fullmatch(r"\\([0-9a-fA-F]+) ?", text)
         points |= {int(code[1], 16)} if code else {ord(c) for c in text}
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     fonts = static / "vendor" / "fontawesome" / "webfonts"
     for file in fonts.glob("*.ttf"):
         font = TTFont(file)
@@ -397,6 +412,7 @@ def setup(app):
     ]:
         app.add_directive(name, directive(write))
     app.connect("doctree-read", claims_table)
+    app.connect("doctree-read", mark_solutions)
     app.connect("html-page-context", footer, priority=900)
     app.connect("build-finished", lighten, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
