@@ -33,6 +33,7 @@ CLAIMS = "book/claims"
 PDF = "deconstructing-lora.pdf"
 SIDE = 128  # the layers of Chapter 3, and the picture's units
 RANKS = (1, 2, 4, 8, 16, 32, 64)
+PYTHON = "{}.{}".format(*sys.version_info)
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib")
 
 
@@ -93,11 +94,10 @@ def verdicts():
 
 @cache
 def last_run():
-    """(day, Python's version, whether `make run` wrote the day) over all chapters."""
-    days, pythons, written = [], [], True
+    """The latest day of a chapter's run, and whether `make run` wrote it down."""
+    days, written = [], True
     for chapter in register.chapters():
         meta = nbformat.read(chapter.path, as_version=4).metadata
-        pythons.append(meta.get("language_info", {}).get("version", ""))
         day = meta.get("book", {}).get("ran")
         if not day:  # the day of the commit that changed it last
             written = False
@@ -106,12 +106,12 @@ def last_run():
                 command, capture_output=True, text=True, cwd=ROOT
             ).stdout.strip()
         days += [date.fromisoformat(str(day))] if day else []
-    return max(days, default=None), max(pythons), written
+    return max(days, default=None), written
 
 
 def ran():
     """`Last run on 24 November 2026`, or what can be said instead; empty without git."""
-    day, _, written = last_run()
+    day, written = last_run()
     if not day:
         return ""
     return f"Chapters last {'run' if written else 'changed'} on {day:%-d %B %Y}"
@@ -129,7 +129,7 @@ def terms():
         a.get("name") or f"{a['family-names']}, {a['given-names']}"
         for a in cite["authors"]
     )
-    day, python, _ = last_run()
+    day, _ = last_run()
     bibtex = f"""@misc{{deconstructing-lora,
   title   = {{{cite["title"]}}},
   author  = {{{{{authors}}}}},
@@ -139,7 +139,7 @@ def terms():
 }}"""
     rows = "".join(
         f"<tr><td>{name}</td><td>{number}</td></tr>"
-        for name, number in [("Python", python), *((p, version(p)) for p in PACKAGES)]
+        for name, number in [("Python", PYTHON), *((p, version(p)) for p in PACKAGES)]
     )
     blob = f"{register.REPOSITORY}/blob/{register.BRANCH}"
     return f"""<dl class="terms">
@@ -173,7 +173,7 @@ def footer(app, pagename, templatename, context, doctree):
     parts = [
         f'<a href="{at}#who-and-under-what-terms">Licence: CC BY 4.0, code MIT</a>',
         f'<a href="{at}#who-and-under-what-terms">How to cite</a>',
-        f"{ran()}, with PyTorch {version('torch')}, Python {last_run()[1]}",
+        f"{ran()}, with PyTorch {version('torch')}, Python {PYTHON}",
         "<!-- pdf link -->",
     ]
     context["theme_extra_footer"] = '<p class="terms">' + " · ".join(parts) + "</p>"
