@@ -31,7 +31,7 @@ SCRIPTS = Path(sys.executable).parent
 DRAW = """import matplotlib.pyplot as plt
 
 fig, ax = plt.subplots()
-ax.plot([0, 1], [0, y]);"""
+_ = ax.plot([0, 1], [0, y])"""
 
 
 def has_figure(cell):

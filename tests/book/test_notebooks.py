@@ -39,7 +39,7 @@ def test_results_are_tables(name):
 
 
 def test_chapters_open_alike():
-    """One and the same first code cell, folded, after the idea; no digit in the title."""
+    """The same first code cell, folded, after the idea; no digit in the title."""
     first = set()
     for notebook in NOTEBOOKS.values():
         assert re.match(r"# [^\d\n]+\n", notebook.cells[0].source)
