@@ -38,6 +38,11 @@ READY = """async () => {
 }"""
 
 
+def chromium():
+    """The path of Chromium or Chrome; None where there is none."""
+    return next(filter(None, (shutil.which(b) for b in BROWSERS if b)), None)
+
+
 def anchor(page, fragment=""):
     """The name of a page's anchor in the whole book."""
     return f"{page.replace('/', '-')}--{fragment or 'top'}"
@@ -136,7 +141,7 @@ def offer(html=HTML):
 def main():
     from playwright.sync_api import sync_playwright
 
-    found = next(filter(None, (shutil.which(b) for b in BROWSERS if b)), None)
+    found = chromium()
     if not found:
         sys.exit("no Chromium or Chrome found; name one in the variable CHROMIUM")
     with sync_playwright() as playwright:

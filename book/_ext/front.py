@@ -323,6 +323,8 @@ def size_of(picture):
 def lighter(text, folder):
     """A page that paints before scripts and pictures have come."""
     text = re.sub(r'\s*<script [^>]*src="[^"]*fontawesome\.js[^>]*></script>', "", text)
+    if not re.search(r'class="[^"]*\bmath\b', text):
+        text = re.sub(r"\s*<script [^>]*/mathjax/[^>]*></script>", "", text)
     text = re.sub(r"\s*<link [^>]*sphinx-thebe\.css[^>]*>", "", text)
     text = re.sub(r'<link rel="preload" as="script"[^>]*>\s*', "", text)
     # A script in the page itself needs the options at once, the rest can wait.
