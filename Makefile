@@ -6,7 +6,7 @@ NOTEBOOKS := $(wildcard book/[0-9]*.ipynb)
 PROSE := book lora tests tools $(wildcard *.md) Makefile
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
-.PHONY: help book test style mutants sceptic sync run reproduce lab clean
+.PHONY: help book pdf test style mutants sceptic sync run reproduce lab clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -27,6 +27,9 @@ help:  ## list the commands
 book: .venv/installed  ## build the book; a warning is an error
 	$(BIN)/jupyter-book build --all --quiet -W -n --keep-going .
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+pdf: book  ## build the book, then one PDF of it, which the pages offer (needs Chromium or Chrome)
+	$(BIN)/python tools/pdf.py
 
 test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output
 	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .

@@ -1,17 +1,19 @@
 """What all test files share."""
 
+import gzip
 import os
-import shutil
 import subprocess
 import sys
 import threading
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from pdf import chromium
 
 # The same examples on every run: a failure in CI is a failure on every desk.
 settings.register_profile("book", derandomize=True, deadline=None)
@@ -21,13 +23,6 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "book"]
-BROWSERS = [
-    os.environ.get("CHROMIUM"),
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-]
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
 QUIET += " --disable-background-networking --disable-component-update"
 
@@ -52,12 +47,34 @@ def book():
     return html
 
 
+@cache
+def packed(path, changed):
+    """A file as it goes over the wire; anew when it has changed."""
+    return gzip.compress(path.read_bytes())
+
+
 class Pages(SimpleHTTPRequestHandler):
-    """Serves a folder as GitHub Pages does: under /LoRA/, with its own 404 page."""
+    """Serves a folder as GitHub Pages does: /LoRA/, its own 404 page, text gzipped."""
+
+    protocol_version = "HTTP/1.1"  # one connection serves many requests
 
     def translate_path(self, path):
         outside = "/" + "outside" + path
         return super().translate_path(path.removeprefix("/LoRA") or outside)
+
+    def send_head(self):
+        path = Path(self.translate_path(self.path))
+        if path.suffix not in (".html", ".css", ".js", ".svg", ".json"):
+            return super().send_head()
+        if not path.is_file():
+            return self.send_error(404)
+        body = packed(path, path.stat().st_mtime)
+        self.send_response(200)
+        self.send_header("Content-Type", self.guess_type(path))
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return BytesIO(body)
 
     def send_error(self, code, message=None, explain=None):
         body = Path(self.directory, "404.html").read_bytes()
@@ -84,7 +101,7 @@ def site(book):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, for the module only: Playwright holds the thread's event loop."""
-    found = next(filter(None, (shutil.which(b) for b in BROWSERS if b)), None)
+    found = chromium()
     if not found:
         missing = "no Chromium or Chrome found; name one in the variable CHROMIUM"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)

@@ -25,6 +25,7 @@ KEY = r"<!-- (?P<key>[^\n]*?) -->"
 BOUND = re.compile(r"(?P<shown>[+−]?\w(?:[\w.,-]*\w)?%?)?" + KEY)
 ELSEWHERE = re.compile(r"(\d\d-[\w-]+): (.*)")
 LITERATURE = re.compile(r"([a-z]+\d{4}[a-z]*): (.*)")
+GENERATED = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 NUMBER = re.compile(
     r"(?<![\w.])(?<!\w-)(?P<digits>\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)"
     r"(?P<unit>\s?%|\s?[×°]|-fold|\s(?:thousand|million|billion)\b|\s?[KMGT]i?B\b)?"
@@ -50,7 +51,7 @@ def write(text, values):
 
     def token(match):
         key = match["key"]
-        return f"{values.get(key, match['shown'])}<!-- {key} -->"
+        return f"{values.get(key, match['shown'] or '')}<!-- {key} -->"
 
     return BOUND.sub(token, text)
 
@@ -198,8 +199,9 @@ def computed(cells):
                     assign(target, ast.BinOp(target, op, value), here)
                 case ast.For(target=target, iter=value):
                     assign(target, value, here)
-                case ast.withitem(context_expr=value, optional_vars=target) if target:
-                    assign(target, value, here)
+                case ast.With(items=items):
+                    for item in items:
+                        assign(item.optional_vars, item.context_expr, here)
                 case ast.Expr(ast.Call(func=ast.Attribute(value=target), args=[value])):
                     assign(ast.Starred(target), value, here)  # rows.append(value)
     return known
@@ -220,6 +222,7 @@ def blank(match):
 
 def faults_of_text(text, values):
     """A sentence for each number of a text that is not bound, or not to its value."""
+    text = GENERATED.sub("", text)
     prose = re.sub(CODE, blank, text, flags=re.DOTALL)
     for match in BOUND.finditer(prose):
         key, shown = match["key"], match["shown"]
