@@ -177,7 +177,9 @@ def test_chapters_and_sections_are_numbered(soup, page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in CHAPTERS])
 def test_other_pages_have_no_numbers(soup, page):
-    assert not soup[f"{page}.html"].article.select(".section-number"), page
+    assert not soup[f"{page}.html"].article.select(
+        ".section-number, .caption-number"
+    ), page
 
 
 @each_chapter
