@@ -12,8 +12,7 @@ from sphinx.util import logging
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 TITLE = re.compile(r"# @title (.*)\n*")
 ANCHOR = re.compile(r'<a id="(eq-[\w-]+)"></a>')
-DATACAPTION_NUMBER = re.compile('<span class="caption-number">[^<]*</span>')
-FRAME = re.compile(r'<table border="1" class="dataframe">.*</table>', re.DOTALL)
+DATAFRAME = re.compile(r'<table border="1" class="dataframe">.*</table>', re.DOTALL)
 CAPTION_NUMBER = re.compile('<span class="caption-number">[^<]*</span>')
 FRAME = '<div class="table-frame" role="region" tabindex="0" aria-label="{}">'
 logger = logging.getLogger(__name__)
