@@ -177,7 +177,9 @@ def test_chapters_and_sections_are_numbered(soup, page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in CHAPTERS])
 def test_other_pages_have_no_numbers(soup, page):
-    assert not soup[f"{page}.html"].article.select(".section-number"), page
+    assert not soup[f"{page}.html"].article.select(
+        ".section-number, .caption-number"
+    ), page
 
 
 @each_chapter
@@ -213,7 +215,7 @@ def test_folds_say_what_they_hold(soup, page):
 @each_page
 def test_tables_have_a_frame_and_a_name(soup, page):
     names = []
-    for table in soup[f"{page}.html"].article.select("table"):
+    for table in soup[f"{page}.html"].article.select("table:not(.versions)"):
         frame = table.find_parent(class_="table-frame")
         assert frame and frame["role"] == "region" and frame["tabindex"] == "0", (
             f"{page}: {str(table)[:200]}; book/_ext/cells.py gives each table a frame"
@@ -232,6 +234,19 @@ def comments():
         for text in texts:
             for comment in COMMENT.findall(text):
                 yield page, comment.strip()
+
+
+@each_chapter
+def test_papers_have_a_text_to_show(book, soup, page):
+    text = (book / "_static" / "hover-texts.js").read_text(encoding="utf-8")
+    papers = soup[f"{page}.html"].article.select(
+        "a[href*='arxiv.org'], a[href*='doi.org']"
+    )
+    for link in papers:
+        assert f'"{link["href"]}"' in text, (
+            f"{page}: {link['href']} is not in references.bib, so that the page cannot "
+            "show it on hover"
+        )
 
 
 def words(text):
@@ -474,7 +489,7 @@ def test_terms_papers_and_chapters_show_their_text(view, site, page):
     others = [Path(other).name for other in CHAPTERS if other != page]
     chapter = ", ".join(f".bd-article p a[href^='{name}.html']" for name in others)
     for kind, selector, text in (
-        ("glossary term", "a.term", r"[\w -]+\n+.{20}"),
+        ("glossary term", "a.term", r"[\w -]+\n+.{6}"),
         ("paper", ".bd-article p a[href^='https://arxiv.org/']", r"[\w. ]+, .*\d{4}"),
         ("chapter", chapter, r"\d\. .*\n+.{20}"),
     ):
