@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from pdf import chromium
 
 # The same examples on every run: a failure in CI is a failure on every desk.
 settings.register_profile("book", derandomize=True, deadline=None)
@@ -23,13 +23,6 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "book"]
-BROWSERS = [
-    os.environ.get("CHROMIUM"),
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-]
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
 QUIET += " --disable-background-networking --disable-component-update"
 
@@ -108,7 +101,7 @@ def site(book):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, for the module only: Playwright holds the thread's event loop."""
-    found = next(filter(None, (shutil.which(b) for b in BROWSERS if b)), None)
+    found = chromium()
     if not found:
         missing = "no Chromium or Chrome found; name one in the variable CHROMIUM"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)

@@ -92,6 +92,7 @@ class Cells(SphinxTransform):
                 captions = figure.findall(nodes.caption)
                 name = next((caption.astext() for caption in captions), name)
             text = table[0].replace(' border="1"', "")
+            text = text.replace("<th></th>", "<td></td>")  # it heads nothing
             text = FRAME.format(html.escape(name)) + text + "</div>"
             raw.replace_self(nodes.raw("", text, format="html"))
 
