@@ -198,8 +198,9 @@ def computed(cells):
                     assign(target, ast.BinOp(target, op, value), here)
                 case ast.For(target=target, iter=value):
                     assign(target, value, here)
-                case ast.withitem(context_expr=value, optional_vars=target) if target:
-                    assign(target, value, here)
+                case ast.With(items=items):
+                    for item in items:
+                        assign(item.optional_vars, item.context_expr, here)
                 case ast.Expr(ast.Call(func=ast.Attribute(value=target), args=[value])):
                     assign(ast.Starred(target), value, here)  # rows.append(value)
     return known
