@@ -12,12 +12,17 @@ from torch import nn
 
 
 def check_number(name, value, least=-math.inf, kind=Real):
-    """Raise ValueError unless `value` is a finite `kind`, `least` or greater."""
+    """Return `value` as an int or a float if it is a finite `kind`, `least` or greater.
+
+    Raises ValueError otherwise. Count with what is returned: NumPy's integers overflow.
+    """
     try:
-        real = isinstance(value, kind) and not isinstance(value, bool)
-        if real and math.isfinite(value) and value >= least:
-            return
-    except OverflowError:  # an integer beyond all floating-point numbers
+        if isinstance(value, kind) and not isinstance(value, bool):
+            # converted first: NumPy would round the limit to inf for a float32
+            number = int(value) if isinstance(value, Integral) else float(value)
+            if math.isfinite(number) and number >= least:
+                return number
+    except OverflowError:  # a number beyond all floating-point numbers
         pass
     noun = "an integer" if kind is Integral else "a finite number"
     bound = "" if least == -math.inf else f" of at least {least}"
@@ -137,11 +142,13 @@ def other_matrices(module, found):
 
 
 def choose(module, found, layers, kinds, targets):
-    """Those of the named `layers` that are of the `kinds`, as `targets` asks for.
+    """The named layers that `inject_lora` has to replace, in order.
 
-    Warns of each layer that is left out because its weight is tied, and, where all
-    layers are asked for, of the matrices that are in none. Raises ValueError if no
-    layer is left, TypeError if one of them is no base.
+    `found` holds, by name, each layer or the wrapper around it, `layers` the layer in
+    either case. Chosen are those of the `kinds` whose name `targets` matches, without
+    those whose weight another module uses, too, and without the wrapped ones. Warns of
+    what is left out: of each tied layer, and, where all layers are asked for, of the
+    matrices that are in none. Raises TypeError or ValueError as `inject_lora` says.
     """
     if isinstance(module, kinds):
         kind = type(module).__name__
@@ -149,23 +156,30 @@ def choose(module, found, layers, kinds, targets):
     if not isinstance(targets, str | re.Pattern | None):
         raise TypeError(f"targets must be a regular expression, got {targets!r}")
     try:
-        pattern = re.compile(r"[\s\S]*" if targets is None else targets)
+        pattern = re.compile("" if targets is None else targets)
     except re.error as fault:
         message = f"targets must be a regular expression, got {targets!r}: {fault}"
         raise ValueError(message) from None
     there = {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
-    matched = {layer for name, layer in there.items() if pattern.fullmatch(name)}
-    tied = find_tied(module, matched)
-    chosen = {n: layer for n, layer in there.items() if layer in matched - tied}
-    names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in there)
+    wanted = {
+        layer
+        for name, layer in there.items()
+        if targets is None or pattern.fullmatch(name)
+    }
+    tied = find_tied(module, wanted)
+    chosen = wanted - tied
     others = other_matrices(module, found.values())
     if not chosen:
+        asked = "" if targets is None else f" whose name is {targets!r}"
+        names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in there)
         raise ValueError(
-            f"no layer to adapt in {type(module).__name__} with targets={targets!r}; "
-            f"layers: {', '.join(names) or 'none'}; tied: {len(tied)}; "
+            f"no layer{asked} to adapt in {type(module).__name__}. "
+            f"Layers: {', '.join(names) or 'none'}; tied to another module: "
+            f"{', '.join(n for n in there if there[n] in tied) or 'none'}; "
             f"other modules with matrices: {others or 'none'}"
         )
-    for name, layer in chosen.items():
+    bare = {n: m for n, m in there.items() if m in chosen and found[n] is m}
+    for name, layer in bare.items():
         check_base(name, layer)
     for name, layer in there.items():
         if layer in tied:
@@ -174,4 +188,4 @@ def choose(module, found, layers, kinds, targets):
     if targets is None and kinds == kinds_of_base(nn.Linear) and others:
         note = f"only linear layers are adapted, left as they are: {others}"
         warnings.warn(note, stacklevel=3)
-    return chosen
+    return bare

@@ -66,9 +66,10 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.B)
 
     def forward(self, x):
-        y = self.base(x)
-        h = x.to(self.A.dtype) @ self.A.T * self.scale
-        return (y + h @ self.B.T).to(y.dtype)
+        y, h = self.base(x), nn.functional.linear(x.to(self.A.dtype), self.A)
+        rows, thin = y.to(h.dtype).reshape(-1, y.shape[-1]), h.reshape(-1, self.rank)
+        out = torch.addmm(rows, thin, self.B.T, alpha=self.scale)  # y + s (x Aᵀ) Bᵀ
+        return out.view(y.shape).to(y.dtype)
 
     @property
     def weight(self):
@@ -143,8 +144,7 @@ def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0, targets=None)
     new = [layer for layer in dict.fromkeys(chosen.values()) if layer not in wrappers]
     wrappers |= {layer: LoRALinear(layer, rank, alpha) for layer in new}
     for name, layer in chosen.items():
-        if found[name] is layer:
-            module.set_submodule(name, wrappers[layer])
+        module.set_submodule(name, wrappers[layer])
     return [wrappers[layer] for layer in new]
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -61,6 +62,10 @@ class Pages(SimpleHTTPRequestHandler):
     def translate_path(self, path):
         outside = "/" + "outside" + path
         return super().translate_path(path.removeprefix("/LoRA") or outside)
+
+    def handle(self):
+        with suppress(ConnectionError):  # a page that is closed while it loads
+            super().handle()
 
     def send_head(self):
         path = Path(self.translate_path(self.path))

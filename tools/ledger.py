@@ -52,6 +52,12 @@ def rows(text=None):
     return found
 
 
+def checks(source):
+    """The assertions and tests that a row names, after the first place it links to."""
+    tail = re.search(r"\]\([\w-]+\.ipynb#.*", source)
+    return re.findall(r"`([^`]+)`", tail[0]) if tail else []
+
+
 def tally(found=None):
     """Verdict -> how many claims, in the order of VERDICTS."""
     count = Counter(row.verdict for row in found or rows())

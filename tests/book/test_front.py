@@ -167,7 +167,7 @@ def test_each_claim_is_a_row_with_its_verdict_and_no_word_lost(soup):
             f"{page}.html#{anchor}" for page, anchor in wanted
         ]
         checks = [code.get_text() for code in said.select("details code")]
-        assert checks == re.findall(r"`([^`]+)`", row.source)
+        assert checks == ledger.checks(row.source)
         assert not said.select("details[open]"), "what asserts it is folded"
         text = " ".join(cell.get_text(" ") for cell in (said, verdict, places))
         text = text.replace("What asserts it", "")
@@ -268,7 +268,7 @@ def test_icons_are_few_and_all_there(book, soup):
     drawn = {code for f in fonts for code in TTFont(f).getBestCmap()}
     css = (book / "_static/styles/pydata-sphinx-theme.css").read_text()
     used = {
-        c for s in soup.values() for i in s.select("i[class*=fa-]") for c in i["class"]
+        c for s in soup.values() for i in s.select("[class*=fa-]") for c in i["class"]
     }
     names = {n for n in used if re.match(r"fa-(?!solid|brands|regular|lg|fw|\dx)", n)}
     assert len(names) > 5
@@ -293,26 +293,28 @@ def first_paint(browser, url):
 
 @pytest.fixture(scope="module")
 def bare(browser, tmp_path_factory):
-    """First paint of a page with nothing on it, and of that again."""
+    """The first paint of a page of three words, in milliseconds: the best of five."""
     folder = tmp_path_factory.mktemp("bare")
-    (folder / "bare.html").write_text(
-        "<!DOCTYPE html><title>Bare</title><p>Three words"
-    )
+    text = "<!DOCTYPE html><link rel=icon href='data:,'><title>Bare</title>Three words."
+    (folder / "bare.html").write_text(text)
     handler = partial(Pages, directory=str(folder))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/LoRA/bare.html"
-    yield lambda: first_paint(browser, url)
+    yield min(first_paint(browser, url) for _ in range(5))
     server.shutdown()
 
 
 @each_page
 def test_first_paint_on_a_slow_phone(browser, site, bare, page):
-    ratios = []
-    while not ratios or (ratios[-1] > 9 and len(ratios) < 3):  # other work delays, too
-        ratios.append(first_paint(browser, f"{site}{page}.html") / bare())
-    print(ratios)
-    assert min(ratios) <= 9, f"{page}: {ratios} times a bare page; what blocks?"
+    """About a third of a second for the bare page, two seconds for one of the book."""
+    paints = []
+    while not paints or (min(paints) > 6 * bare and len(paints) < 4):
+        # once more: other work on the machine delays a paint, nothing hastens it
+        paints.append(first_paint(browser, f"{site}{page}.html"))
+    assert min(paints) <= 6 * bare, (
+        f"{page}: first paint after {paints} ms, a bare page takes {bare} ms"
+    )
 
 
 # On paper -------------------------------------------------------------------------
@@ -380,7 +382,8 @@ CLIPPED = """() => [...document.querySelectorAll(
   .filter((e) => e.offsetParent !== null || e.tagName === 'svg')
   .filter((e) => {
     const box = e.getBoundingClientRect();
-    const cut = getComputedStyle(e).overflowX !== "visible" && e.clientWidth;
+    const block = e.tagName === "PRE" || getComputedStyle(e).overflowX !== "visible";
+    const cut = block && e.clientWidth;
     return box.width && (box.right > innerWidth + 1 || box.left < -1 ||
       (cut && e.scrollWidth > e.clientWidth + 1));
   })
