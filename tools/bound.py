@@ -141,9 +141,8 @@ def sources_of_literature():
     found = {}
     for block in re.split(r"\n(?=- |\n)", (BOOK / "references.md").read_text()):
         for key in keys(block):
-            found[key.partition(":")[0]] = re.search(r"\]\((https?://[^)]+)\)", block)[
-                1
-            ]
+            link = re.search(r"\]\(([^)]+)\)", block)[1]
+            found[key.partition(":")[0]] = link
     return found
 
 
