@@ -267,9 +267,10 @@ def faults(notebook, values):
         for what, text in texts(cell).items():
             for fault in faults_of_text(text, values | cell.metadata.get("bound", {})):
                 yield f"cell {i}, {what}: {fault}"
-            for span in re.findall(r"`[^`\n]*(?:\b\d\d|\d\.\d)[^`\n]*`", text):
-                if "".join(span[1:-1].split()) not in code:
-                    yield f"cell {i}, {what}: {span} stands in no code cell"
+            for span in re.findall(r"`([^`\n]+)`", text):
+                number = re.search(r"\b\d\d|\d\.\d", span)
+                if number and "".join(span.split()) not in code:
+                    yield f"cell {i}, {what}: `{span}` stands in no code cell"
             for block in re.split(r"\n\s*\n", text):
                 for key in filter(LITERATURE.match, keys(block)):
                     if links.get(key.partition(":")[0], "") not in block:
