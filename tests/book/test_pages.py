@@ -330,7 +330,7 @@ THIN_OUT = """() => {
     else seen.add(span.className);
   const plain = [...document.querySelectorAll('.bd-article section > p')];
   for (const p of plain.filter(p => !p.children.length).slice(9)) p.remove();
-  for (const row of document.querySelectorAll('tbody tr:nth-child(n + 6)')) row.remove();
+  for (const row of document.querySelectorAll('tr:nth-child(n + 6)')) row.remove();
   for (const maths of document.querySelectorAll('mjx-container'))
     maths.replaceWith(maths.querySelector('math')?.textContent ?? '');
   document.head.insertAdjacentHTML(
