@@ -57,3 +57,14 @@ def test_exported_pictures_are_those_of_the_chapters():
     assert found
     for name, png in found.items():
         assert (ROOT / "book/_static" / name).read_bytes() == png, f"{name}: make sync"
+
+
+def test_names_of_figures_and_tables_are_unique_in_the_book():
+    names = [
+        cell.metadata.book.name
+        for notebook in NOTEBOOKS.values()
+        for cell in notebook.cells
+        if "name" in cell.metadata.get("book", {})
+    ]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice
