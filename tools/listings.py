@@ -35,8 +35,8 @@ def listing_cells(notebook):
 
 
 def title(cell):
-    """The line that labels a folded cell, '' if there is none."""
-    return re.match(r"(?:# @title .*\n)?", cell.source)[0]
+    """The label of a folded listing, such as guards: its first line, or nothing."""
+    return re.match(r"(# @title .*\n)?", cell.source)[0]
 
 
 def sync(notebook, modules):
@@ -60,8 +60,8 @@ def drift(notebook, modules, owned):
     listed = []
     for i, cell, names in listing_cells(notebook):
         listed += names
-        source = "\n\n\n".join(known.get(name, "") for name in names)
-        if cell.source != title(cell) + source:
+        code = "\n\n\n".join(known.get(name, "") for name in names)
+        if cell.source != title(cell) + code:
             yield (
                 f"cell {i}: the listing of {', '.join(names) or 'nothing'} differs "
                 "from the package. Edit lora/, then call `make sync`"
