@@ -172,7 +172,7 @@ def test_gradients_of_truncate():
 
 
 def test_of_several_best_approximations_truncate_gives_one():
-    """Equal singular values: dropping the last one and the last but one cost the same."""
+    """Equal singular values: the last and the last but one cost the same."""
     M = torch.diag(torch.tensor([2.0, 1.0, 1.0]))
     other = torch.diag(torch.tensor([2.0, 0.0, 1.0]))
     error = (M - truncate(M, 2)).norm()
@@ -210,11 +210,11 @@ def test_bad_matrices_are_refused(function):
         ):
             function(bad)
     for shape in ((3,), (0,), ()):
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError, match="must have shape") as refused:
             function(torch.ones(shape))
         assert str(refused.value) == f"matrix must have shape (..., m, n), got {shape}"
     for shape in ((0, 3), (3, 0), (0, 3, 3)):
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError, match="one entry") as refused:
             function(torch.ones(shape))
         message = f"matrix must have at least one entry, got shape {shape}"
         assert str(refused.value) == message
