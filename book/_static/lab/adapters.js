@@ -9,7 +9,9 @@ class LoRALinear {
     this.scale = rule === "α/r" ? alpha / rank : alpha / Math.sqrt(rank);
     this.dial = 1;
     const { rows, cols } = base.weight;
-    [this.A, this.B] = [new Matrix(rank, cols), new Matrix(rows, rank)].map((M) => new Parameter(M));
+    [this.A, this.B] = [new Matrix(rank, cols), new Matrix(rows, rank)].map(
+      (M) => new Parameter(M),
+    );
     for (const parameter of base.parameters) parameter.trains = false;
   }
 
@@ -44,14 +46,18 @@ class LoRALinear {
 /* Wraps each linear layer. The network's own layers are kept inside, as they are. */
 function injectLora(network, rank, alpha, rule) {
   return new Network(
-    network.layers.map((layer) => (layer instanceof Linear ? new LoRALinear(layer, rank, alpha, rule) : layer)),
+    network.layers.map((layer) =>
+      layer instanceof Linear ? new LoRALinear(layer, rank, alpha, rule) : layer,
+    ),
   );
 }
 
 /* A layer for each wrapper, with W + ΔW in one matrix: it computes the same. */
 function mergeLora(network) {
   return new Network(
-    network.layers.map((layer) => (layer instanceof LoRALinear ? new Linear(layer.weight, layer.base.b.value) : layer)),
+    network.layers.map((layer) =>
+      layer instanceof LoRALinear ? new Linear(layer.weight, layer.base.b.value) : layer,
+    ),
   );
 }
 

@@ -54,8 +54,8 @@ class MoonsRun {
     return loss;
   }
 
-  /* All points once, in random order, in batches of 64. */
-  epoch() {
+  /* An epoch: all points once, in random order, in batches of 64. */
+  advance() {
     const order = this.order.order(this.training.labels.length);
     let sum = 0;
     for (let i = 0; i < order.length; i += 64) {
@@ -67,7 +67,9 @@ class MoonsRun {
 
   /* An adapter's own ΔW; without adapters, what training has changed. */
   get updates() {
-    return this.linear.map((layer, i) => layer.update ?? this.before[i].scaled(-1).add(layer.weight));
+    return this.linear.map(
+      (layer, i) => layer.update ?? this.before[i].scaled(-1).add(layer.weight),
+    );
   }
 
   turn(dial) {
@@ -95,11 +97,15 @@ class MoonsRun {
       undone: this.undone,
       dial: this.adapted ? this.dial : null,
       seconds: this.seconds,
+      numbers: this.numbers.length,
       trains: this.optimizer.moved.reduce((n, { m }) => n + m.length, 0),
       target: merged.accuracy(this.target.X, this.target.labels),
       source: merged.accuracy(this.source.X, this.source.labels),
       spectra: this.undone ? [] : this.updates.map((update) => singularValues(update, 16)),
-      map: Float32Array.from({ length: logits.length / 2 }, (_, i) => logits[2 * i + 1] - logits[2 * i]),
+      map: Float32Array.from(
+        { length: logits.length / 2 },
+        (_, i) => logits[2 * i + 1] - logits[2 * i],
+      ),
       points: this.training.X.data.slice(0),
       labels: this.training.labels,
     };
@@ -120,10 +126,11 @@ function mapPoints() {
    has rank k and equal singular values. The inputs' i-th principal direction has standard
    deviation i^-fall; with fall = 0 they are independent of each other. */
 class PlantedRun {
-  constructor({ planted, rank, fall, seed, steps }) {
+  constructor(settings) {
+    const { planted, rank, fall, seed } = settings;
     const random = new Random(seed, 7);
     const [d, gaussian] = [64, () => random.gaussian()];
-    Object.assign(this, { errors: [], settings: { planted, rank, fall, seed, steps } });
+    Object.assign(this, { settings, errors: [], seconds: 0 });
     const [U, V] = [0, 1].map(() => orthonormal(random.matrix(planted, d, gaussian)));
     this.D = times(U.T, V).scaled(8);
     this.spread = Float64Array.from({ length: d }, (_, i) => (i + 1) ** -fall);
@@ -142,7 +149,11 @@ class PlantedRun {
   /* M Σ^½: its columns as large as the inputs make them. */
   seen(M) {
     const { rows, cols, data } = M;
-    return new Matrix(rows, cols, data.map((x, i) => x * this.spread[i % cols]));
+    return new Matrix(
+      rows,
+      cols,
+      data.map((x, i) => x * this.spread[i % cols]),
+    );
   }
 
   get done() {
@@ -150,7 +161,7 @@ class PlantedRun {
   }
 
   /* A step on the squared error, the rate falling to zero along half a cosine. */
-  step() {
+  advance() {
     const { steps } = this.settings;
     this.optimizer.lr = 0.04 * (1 + Math.cos((Math.PI * (this.errors.length - 1)) / steps));
     const wrong = this.network.forward(this.X).add(this.answers.scaled(-1));
@@ -174,7 +185,9 @@ class PlantedRun {
 
 /* Rows of length one at right angles to each other (Gram and Schmidt, twice over). */
 function orthonormal(M) {
-  const rows = Array.from({ length: M.rows }, (_, i) => M.data.subarray(i * M.cols, (i + 1) * M.cols));
+  const rows = Array.from({ length: M.rows }, (_, i) =>
+    M.data.subarray(i * M.cols, (i + 1) * M.cols),
+  );
   const dot = (u, v) => u.reduce((sum, x, i) => sum + x * v[i], 0);
   for (const [n, row] of rows.entries()) {
     for (const other of [...rows.slice(0, n), ...rows.slice(0, n)]) {
@@ -187,51 +200,59 @@ function orthonormal(M) {
   return M;
 }
 
-/* The worker's side: obeys the page, and answers with what there is to see. */
+/* The worker's side: obeys the page's orders, and answers with what there is to see. */
 function serve() {
-  let [run, training] = [null, 0];
+  let [run, asked, latest] = [null, null, 0];
   const show = (more) => self.postMessage({ ...run.look(), ...more });
 
+  /* A new run, unless the one at hand has these settings and is not at its end. */
+  const begin = ({ settings, numbers }) => {
+    if (asked === JSON.stringify(settings) && !run.done && !run.undone) return;
+    asked = JSON.stringify(settings);
+    run = settings.planted ? new PlantedRun(settings) : new MoonsRun(settings, numbers);
+  };
+
   const orders = {
-    prepare({ settings, numbers }) {
-      training++;
-      run = settings.planted ? new PlantedRun(settings) : new MoonsRun(settings, numbers);
+    prepare(order) {
+      asked = null;
+      begin(order);
       show();
     },
 
     /* Looks take at most a sixth of the time; after each, the page is heard. */
-    async train() {
-      const mine = ++training;
-      const began = performance.now() - 1000 * (run.seconds ?? 0);
-      let [shown, cost] = [performance.now(), 50];
+    async train(order, number) {
+      begin(order);
+      const began = performance.now() - 1000 * run.seconds;
+      let [shown, cost] = [performance.now(), 20];
       while (!run.done) {
-        run.epoch ? run.epoch() : run.step();
+        run.advance();
         run.seconds = (performance.now() - began) / 1000;
-        if (run.done || performance.now() - shown > 5 * cost) {
+        if (performance.now() - shown > 5 * cost) {
           const before = performance.now();
-          show({ training: !run.done });
+          show({ training: true });
           shown = performance.now();
           cost = Math.max(20, shown - before);
           await new Promise((resolve) => setTimeout(resolve));
-          if (mine !== training) return;
+          if (number !== latest) return;
         }
       }
+      show({ finished: true });
     },
 
     stop() {
-      training++;
-      show({ stopped: true });
+      show();
     },
 
     turn({ dial }) {
       run.turn(dial);
-      show({ turned: true });
+      show();
     },
 
     undo() {
-      training++;
-      show({ same: run.undo(), undone: true });
+      const same = run.undo();
+      show({ same });
     },
   };
-  self.onmessage = ({ data }) => orders[data.order](data);
+
+  self.onmessage = ({ data }) => orders[data.order](data, ++latest);
 }

@@ -47,7 +47,8 @@ function timesTransposed(X, Y) {
   const Z = new Matrix(X.rows, Y.rows);
   for (let i = 0; i < X.rows; i += 4)
     for (let j = 0; j < Y.rows; j += 2)
-      if (i + 4 <= X.rows && j + 2 <= Y.rows) fourByTwo(X.data, Y.data, Z.data, i, j, X.cols, Y.rows);
+      if (i + 4 <= X.rows && j + 2 <= Y.rows)
+        fourByTwo(X.data, Y.data, Z.data, i, j, X.cols, Y.rows);
       else
         for (let k = i; k < Math.min(i + 4, X.rows); k++)
           for (let l = j; l < Math.min(j + 2, Y.rows); l++) {

@@ -89,7 +89,10 @@ class Network {
   /* Share of the points in X that are put into their class. */
   accuracy(X, labels) {
     const logits = this.forward(X).data;
-    return labels.filter((label, i) => logits[2 * i + 1] > logits[2 * i] === (label === 1)).length / labels.length;
+    return (
+      labels.filter((label, i) => logits[2 * i + 1] > logits[2 * i] === (label === 1)).length /
+      labels.length
+    );
   }
 }
 
@@ -104,7 +107,8 @@ function crossEntropy(logits, labels) {
     const sum = row.reduce((s, x) => s + Math.exp(x - top), 0);
     loss += (top + Math.log(sum) - row[labels[i]]) / rows;
     for (let j = 0; j < cols; j++)
-      gradient.data[i * cols + j] = (Math.exp(row[j] - top) / sum - (j === labels[i] ? 1 : 0)) / rows;
+      gradient.data[i * cols + j] =
+        (Math.exp(row[j] - top) / sum - (j === labels[i] ? 1 : 0)) / rows;
   }
   return { loss, gradient };
 }
@@ -113,10 +117,11 @@ function crossEntropy(logits, labels) {
    as PyTorch lists the parameters of `lora.moons.moons_mlp`. */
 function moonsNetwork(numbers) {
   const layers = [];
-  let at = 0;
-  const take = (rows, cols) => new Matrix(rows, cols, numbers.slice(at, (at += rows * cols)));
+  let rest = numbers;
   for (const [d_in, d_out] of moonsShapes()) {
-    layers.push(new Linear(take(d_out, d_in), take(1, d_out)), new Tanh());
+    const [W, b] = [rest.slice(0, d_out * d_in), rest.slice(d_out * d_in, d_out * (d_in + 1))];
+    layers.push(new Linear(new Matrix(d_out, d_in, W), new Matrix(1, d_out, b)), new Tanh());
+    rest = rest.subarray(d_out * (d_in + 1));
   }
   return new Network(layers.slice(0, -1)); // no tanh after the last layer
 }
