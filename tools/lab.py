@@ -16,13 +16,14 @@ import torch
 from register import BOOK, ROOT
 
 LAB = BOOK / "_static" / "lab"
-SCRIPTS = ("matrix", "network", "optimizer", "adapters", "experiment", "page")
-FORMAT = '''/* The pretrained network: 33,666 numbers in float32, written by tools/lab.py.
+ENGINE = ("matrix", "network", "optimizer", "adapters", "experiment")  # without a page
+SCRIPTS = (*ENGINE, "draw", "page")
+FORMAT = """/* The pretrained network: 33,666 numbers in float32, by tools/lab.py.
    SHA-256 of the bytes: {digest} */
 
 const MOONS_BASE =
   "{text}";
-'''
+"""
 
 
 def pretrained_numbers():
@@ -38,7 +39,9 @@ def stored_numbers():
     source = (LAB / "base.js").read_text(encoding="ascii")
     data = base64.b64decode(re.search('"(.*)"', source)[1])
     if hashlib.sha256(data).hexdigest() not in source:
-        raise ValueError("base.js does not have its SHA-256: python tools/lab.py weights")
+        raise ValueError(
+            "base.js does not have its SHA-256: python tools/lab.py weights"
+        )
     return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
 
@@ -60,7 +63,7 @@ def take_picture():
         page.goto((ROOT / "_build/html/book/lab.html").as_uri())
         page.click("#lab-train")
         page.wait_for_function("document.querySelector('#lab-status').textContent")
-        page.locator("#lab-results").screenshot(path=str(LAB / "still.png"))
+        page.locator("#lab-pictures").screenshot(path=str(LAB / "still.png"))
         browser.close()
 
 

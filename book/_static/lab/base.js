@@ -1,4 +1,4 @@
-/* The pretrained network: 33,666 numbers in float32, written by tools/lab.py.
+/* The pretrained network: 33,666 numbers in float32, by tools/lab.py.
    SHA-256 of the bytes: 810ebf200959da7b0253b45e21d39da3663a829c50c3a989aff896822c85c620 */
 
 const MOONS_BASE =

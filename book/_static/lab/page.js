@@ -146,7 +146,8 @@ function showValue(dial) {
 function showDials() {
 	for (const dial of dials()) {
 		const [run, setting] = dial.name.split(".");
-		const unused = ["full", "from scratch"].includes(settingsOf(run).method);
+		const method = document.querySelector(`[name="${run}.method"]`)?.value;
+		const unused = ["full", "from scratch"].includes(method);
 		dial.disabled = unused && !["method", "lr"].includes(setting) && run !== "task";
 		showValue(dial);
 	}
