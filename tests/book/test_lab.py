@@ -353,7 +353,7 @@ def test_the_bench_ends_at_its_bound(engine, k, r, fall):
     values = torch.linalg.svdvals(D)
     assert torch.allclose(values[:k], torch.full((k,), 8.0).double())
     assert values[k] < 1e-9
-    squares = torch.linalg.svdvals(D * torch.tensor(spread)).square()
+    squares = torch.linalg.svdvals(D * torch.tensor(spread, dtype=D.dtype)).square()
     assert bound == pytest.approx((squares[r:].sum() / squares.sum()).item(), abs=1e-9)
     if fall == 0:
         assert bound == pytest.approx(max(0, 1 - r / k), abs=1e-9)
@@ -548,7 +548,7 @@ def test_the_page_stays_responsive(visit):
 def test_reduced_motion(visit):
     page = visit(QUICK, reduced_motion="reduce")
     ready(page)
-    page.wait_for_timeout(200)
+    page.wait_for_timeout(500)
     page.evaluate(SPOKEN)
     train(page)
     page.wait_for_timeout(100)

@@ -238,7 +238,7 @@ function build() {
 	const redraw = () => {
 		for (const panel of Object.values(panels)) if (panel.report) panel.draw();
 	};
-	new ResizeObserver(redraw).observe(find("lab"));
+	new ResizeObserver(redraw).observe(find("lab-losses"));
 	new MutationObserver(redraw).observe(document.documentElement, { attributes: true });
 	const { search, hash } = window.location;
 	setAll(hash.includes("=") ? hash.slice(1) : search);
