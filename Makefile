@@ -1,10 +1,13 @@
 # `make help` lists what there is. Every command sets up its environment in .venv itself.
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOKS := $(wildcard book/*.ipynb)
-PROSE := book lora tests $(wildcard *.md) Makefile
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+NOTEBOOKS := $(wildcard book/[0-9]*.ipynb)
+PROSE := book lora tests tools $(wildcard *.md) Makefile
+NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
-.PHONY: help book test style mutants sync run reproduce lab clean
+.PHONY: help book pdf test style mutants sceptic sync run reproduce links lab clean
+.PHONY: torch-oldest torch-newest
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -14,6 +17,11 @@ help:  ## list the commands
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
+	@# Linux without an NVIDIA card: torch without CUDA, which saves gigabytes. Where that
+	@# index does not answer, the next line installs the ordinary build.
+	@[ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null || \
+	  $(BIN)/python -m pip install --quiet --no-deps --timeout 5 --retries 0 --index-url $(TORCH_CPU) \
+	  "$$(grep '^torch==' requirements.txt)" >/dev/null 2>&1 || true
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
@@ -21,29 +29,42 @@ book: .venv/installed  ## build the book; a warning is an error
 	$(BIN)/jupyter-book build --all --quiet -W -n --keep-going .
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
+pdf: book  ## build the book, then one PDF of it, which the pages offer (needs Chromium or Chrome)
+	$(BIN)/python tools/pdf.py
+
 test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output
 	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
 	$(BIN)/codespell $(PROSE)
 	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval --nbval-current-env $(NOTEBOOKS)
+	$(NBVAL) $(NOTEBOOKS)
 
 style: .venv/installed  ## format the code, also in notebooks, and mend what the linter can
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 	$(BIN)/codespell $(PROSE)
 
 mutants: .venv/installed  ## break lora/ in one place at a time: does a test fail? (ONLY='lora.core.*' for some)
-	$(BIN)/python tests/mutants.py $(ONLY)
+	$(BIN)/python tools/mutants.py $(ONLY)
 
-sync: .venv/installed  ## rewrite the listings in the chapters from lora/
-	$(BIN)/python tests/listings.py sync
+sceptic: .venv/installed  ## try to overturn each headline with fresh seeds (SEED=100, ONLY=NAME for one)
+	$(BIN)/python tools/sceptic.py $(or $(SEED),100) $(ONLY)
 
-run: .venv/installed  ## sync, execute the chapters and store their outputs (ONLY=NAME for one)
-	$(BIN)/python tests/listings.py run $(ONLY)
+sync: .venv/installed  ## rewrite what is written by machine: listings, tables of chapters
+	$(BIN)/python tools/run.py sync
+
+run: .venv/installed  ## sync, execute the chapters, store outputs and bound numbers (ONLY=NAME for one)
+	$(BIN)/python tools/run.py run $(ONLY)
 
 reproduce: .venv/installed  ## the chapters on 1 and 2 threads, with plain and with vector instructions
 	@set -e; for machine in LC_ALL=C.UTF-8 ATEN_CPU_CAPABILITY=default; do for n in 1 2; do \
-	  echo "$$machine OMP_NUM_THREADS=$$n"; env $$machine OMP_NUM_THREADS=$$n \
-	  $(BIN)/python -m pytest -q --nbval --nbval-current-env $(NOTEBOOKS); done; done
+	  echo "$$machine OMP_NUM_THREADS=$$n"; env $$machine OMP_NUM_THREADS=$$n $(NBVAL) -q $(NOTEBOOKS); done; done
+
+torch-oldest torch-newest: .venv/installed  # the ends of what pyproject.toml promises
+	$(BIN)/python -m pip install --quiet --upgrade $(if $(findstring oldest,$@),"torch==$$(grep -oP 'torch>=\K[0-9.]+' pyproject.toml).*" "numpy<2.3",torch) --extra-index-url $(TORCH_CPU)
+	$(BIN)/python -m pytest tests/lora
+	$(NBVAL) $(NOTEBOOKS)
+
+links: .venv/installed  ## ask every address that the pages link to
+	$(BIN)/jupyter-book build --builder linkcheck .
 
 lab: .venv/installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book

@@ -1,25 +1,67 @@
-"""Figures under nbval, which leaves pictures out of its comparison."""
+"""What nbval leaves out: figures, bound numbers, results within a stated tolerance."""
 
 import pytest
+from bound import computed, evaluate, local, reads
 from figures import difference, pictures
 from nbval.plugin import IPyNbCell
+from tolerance import differs, drawn, words
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """After a cell has run, compare the figures that it drew with the stored ones."""
+    """After a cell has run, compare with what is stored all that nbval does not."""
+    if not isinstance(item, IPyNbCell):
+        return (yield)
+    tolerance = item.cell.metadata.get("tolerance")
+    if tolerance:
+        item.options["check"] = False
     result = yield
-    if isinstance(item, IPyNbCell):
-        folder = (
-            item.config.rootpath / "_build" / "figures" / item.path.stem / item.name
+    messages = near(item, tolerance) if tolerance else figure(item)
+    messages += numbers(item)
+    if messages:
+        item.raise_cell_error(
+            "This differs from what is stored. If the change is meant, store it: "
+            f"make run ONLY={item.path.stem}",
+            "\n".join(messages),
         )
-        message = difference(
-            pictures(item.cell.outputs), pictures(item.test_outputs), folder
-        )
-        if message:
-            item.raise_cell_error(
-                "The figure differs from the stored one. If the change is meant, store "
-                f"it: make run ONLY={item.path.stem}",
-                message,
-            )
     return result
+
+
+def figure(item):
+    """What tells the figure that the cell drew from the stored one, pixel by pixel."""
+    folder = item.config.rootpath / "_build" / "figures" / item.path.stem / item.name
+    new = pictures(item.test_outputs)
+    message = difference(pictures(item.cell.outputs), new, folder)
+    return [f"The figure differs: {message}"] if message else []
+
+
+def near(item, tolerance):
+    """Outputs, and data drawn, that differ by more than the cell's tolerance."""
+    data = drawn(item.parent.kernel.kc, tolerance)
+    stored = [*words(item.cell.outputs), str(item.cell.metadata["drawn"])]
+    pairs = zip(stored, [*words(item.test_outputs), str(data)], strict=True)
+    return [
+        f"More than {tolerance['absolute']} apart:\n{a}\n{b}"
+        for a, b in pairs
+        if differs(a, b, tolerance["absolute"])
+    ]
+
+
+def numbers(item):
+    """Bound numbers that differ: the cell's own, of the prose below, of other pages."""
+    cells = item.parent.nb.cells
+    first = next(i for i, cell in enumerate(cells) if cell is item.cell)
+    after = [i for i, c in enumerate(cells) if c.cell_type == "code" and i > first]
+    here = cells[first : after[0] if after else None]
+    stored = [
+        (key, c.metadata.get("bound", {}).get(key)) for c in here for key in local(c)
+    ]
+    if not after:
+        stored += item.parent.nb.metadata.get("bound", {}).items()
+    new = evaluate(item.parent.kernel.kc, [key for key, _ in stored])
+    known = computed(c for c in cells[: first + 1] if c.cell_type == "code")
+    return [
+        f"{key}: {new[key]} now, {value} stored"
+        for key, value in stored
+        if differs(str(value), new[key], max([0, *map(known.get, reads(key, known))]))
+    ]

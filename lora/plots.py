@@ -2,6 +2,10 @@
 
 import matplotlib.pyplot as plt
 from cycler import cycler
+from matplotlib.collections import Collection
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 # Okabe and Ito's palette, dark to light, so that neighbours differ in grey too.
 BLUE, RED, GREEN, ORANGE, SKY, GREY = (
@@ -38,3 +42,25 @@ def use_book_style():
             "lines.linewidth": 1.8,
         }
     )
+
+
+def drawn(figure):
+    """The numbers that a figure shows, as a list of floats: its data, not its pixels.
+
+    Lines, markers, bars and areas in data coordinates, and the values of images, in
+    the order of drawing. Not texts, ticks or colours.
+    """
+    values = []
+    for ax in figure.axes:
+        for artist in ax.get_children():
+            if isinstance(artist, Line2D):
+                values += artist.get_xydata().ravel().tolist()
+            elif isinstance(artist, Rectangle) and artist is not ax.patch:
+                values += artist.get_bbox().extents.tolist()
+            elif isinstance(artist, AxesImage):
+                values += artist.get_array().ravel().tolist()
+            elif isinstance(artist, Collection):
+                values += artist.get_offsets().ravel().tolist()
+                for path in artist.get_paths() if len(artist.get_offsets()) < 2 else ():
+                    values += path.vertices.ravel().tolist()
+    return values

@@ -112,8 +112,6 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
 
 
 @torch.no_grad()
-
-
 def accuracy(models, x, y):
     """Fraction of x[i] (n, d) that model i assigns to its class y[i] (n,): (S,)."""
     models = check_stack(models, x, y)

@@ -1,12 +1,14 @@
 """What all test files share."""
 
+import gzip
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -52,12 +54,34 @@ def book():
     return html
 
 
+@cache
+def packed(path, changed):
+    """A file as it goes over the wire; anew when it has changed."""
+    return gzip.compress(path.read_bytes())
+
+
 class Pages(SimpleHTTPRequestHandler):
-    """Serves a folder as GitHub Pages does: under /LoRA/, with its own 404 page."""
+    """Serves a folder as GitHub Pages does: /LoRA/, its own 404 page, text gzipped."""
+
+    protocol_version = "HTTP/1.1"  # one connection serves many requests
 
     def translate_path(self, path):
         outside = "/" + "outside" + path
         return super().translate_path(path.removeprefix("/LoRA") or outside)
+
+    def send_head(self):
+        path = Path(self.translate_path(self.path))
+        if path.suffix not in (".html", ".css", ".js", ".svg", ".json"):
+            return super().send_head()
+        if not path.is_file():
+            return self.send_error(404)
+        body = packed(path, path.stat().st_mtime)
+        self.send_response(200)
+        self.send_header("Content-Type", self.guess_type(path))
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        return BytesIO(body)
 
     def send_error(self, code, message=None, explain=None):
         body = Path(self.directory, "404.html").read_bytes()

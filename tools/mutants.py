@@ -14,12 +14,25 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from register import ROOT, sources
+
 WORK = ROOT / "_mutants"
 LISTED = Path(__file__).with_name("equivalent-mutants.md")
 MUTMUT = Path(sys.executable).with_name("mutmut")
 # One thread each: mutmut forks, which OpenMP's threads do not outlive.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+CONFIG = """
+[tool.mutmut]
+source_paths = ["lora"]
+only_mutate = {files}
+pytest_add_cli_args_test_selection = ["tests/lora", "-m", "not unmutated"]
+use_git_change_detection = false
+"""
+
+
+def mutated():
+    """The files in which mutants are made: all but how figures look."""
+    return [f"lora/{file.name}" for name, file in sources().items() if name != "plots"]
 
 
 def without_decorators(source):
@@ -58,9 +71,11 @@ def description(mutant):
 def main(*names):
     """NAMES: patterns such as 'lora.core.*', else all."""
     shutil.rmtree(WORK, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", WORK / "tests")
-    shutil.copytree(ROOT / "lora", WORK / "lora")
-    shutil.copy(ROOT / "pyproject.toml", WORK)
+    for folder in ("tests", "tools", "lora", "book"):
+        ignore = shutil.ignore_patterns("*.ipynb", "__pycache__")
+        shutil.copytree(ROOT / folder, WORK / folder, ignore=ignore)
+    config = (ROOT / "pyproject.toml").read_text() + CONFIG.format(files=mutated())
+    (WORK / "pyproject.toml").write_text(config)
     for path in (WORK / "lora").glob("*.py"):
         path.write_text(without_decorators(path.read_text()))
     mutmut("run", *names, check=True)

@@ -16,7 +16,6 @@ MATHJAX = (
     "sre/mathmaps/base.json",
     "sre/mathmaps/en.json",
 )
-LABELS = {"all": "the solution", "input": "the code", "output": "the output"}
 REDIRECT = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -29,13 +28,6 @@ REDIRECT = """<!DOCTYPE html>
 <body><p><a href="{page}">{title}</a></p></body>
 </html>
 """
-
-
-def label_folded_cells(app, doctree):
-    """Say what a folded cell holds; only exercises' solutions are folded as a whole."""
-    for node in doctree.findall(nodes.container):
-        if what := LABELS.get(node.get("hide_mode")):
-            node["prompt_show"], node["prompt_hide"] = f"Show {what}", f"Hide {what}"
 
 
 def drop_thebe(app, config):
@@ -102,7 +94,6 @@ def write_root(app, exception):
 
 
 def setup(app):
-    app.connect("doctree-read", label_folded_cells)
     app.connect("config-inited", drop_thebe)
     app.connect("env-updated", undated_pages_keep_their_source, priority=900)
     app.connect("html-page-context", no_formulas_in_descriptions, priority=400)

@@ -2,7 +2,7 @@
 let folded = [];
 addEventListener("beforeprint", () => {
   folded = [
-    ...document.querySelectorAll(".tag_hide-cell details:not([open])"),
+    ...document.querySelectorAll(".solution details:not([open])"),
     ...document.querySelectorAll("details:not(.hide, [open])"),
   ];
   for (const details of folded) details.open = true;
@@ -17,6 +17,3 @@ document.getElementById("pst-primary-sidebar")?.setAttribute("role", "navigation
 document.getElementById("pst-primary-sidebar")?.setAttribute("aria-label", "Book");
 for (const entry of document.querySelectorAll('[role="doc-biblioentry"]'))
   entry.setAttribute("role", "listitem");
-// A folded cell's own label, "Show the solution", is its name.
-for (const summary of document.querySelectorAll("details.hide > summary"))
-  summary.removeAttribute("aria-label");

@@ -6,9 +6,9 @@ from collections import Counter
 
 import nbformat
 import pytest
-from listings import CHAPTERS, ROOT
+from bound import sources_of_literature
 from myst_parser.mdit_to_docutils.base import default_slugify
-from prose import BOOK, literature
+from register import BOOK, ROOT, chapters
 
 VERDICTS = "Holds with conditions|Holds|Too strong|Does not hold"
 ROWS = re.findall(r"^\d+\. .*", (BOOK / "claims.md").read_text(), re.MULTILINE)
@@ -36,7 +36,9 @@ def sections(notebook):
     return found
 
 
-SECTIONS = {p.name: sections(nbformat.read(p, as_version=4)) for p in CHAPTERS}
+SECTIONS = {
+    c.path.name: sections(nbformat.read(c.path, as_version=4)) for c in chapters()
+}
 
 
 def test_the_ledger_is_complete():
@@ -70,7 +72,9 @@ def check_claim(row):
             f"claim {number}: no assertion {check!r} in the section it points to"
         )
     for source in sources:  # nothing to assert here: the section cites, we quote
-        assert source in literature(), f"{source} is not in references.md"
+        assert source in sources_of_literature().values(), (
+            f"{source} is not in references.md"
+        )
         assert all(source in prose for prose, _ in shown), (
             f"{source} is not cited there"
         )

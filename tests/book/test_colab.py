@@ -15,14 +15,12 @@ from importlib.metadata import distribution, distributions
 
 import nbformat
 import pytest
-import yaml
 from jupyter_client import AsyncKernelManager
-from listings import CHAPTERS, ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
+from register import REPOSITORY, ROOT, chapters
 
-URL = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
 COLAB = "torch", "numpy", "pandas", "matplotlib", "scikit-learn", "ipykernel", "pip"
 AT_A_TIME = 2  # with one thread each, so that timings within a chapter stay undisturbed
 WHENCE = """import sys
@@ -88,7 +86,7 @@ def problems(notebook):
                 yield f"cell {i} fails with {out.ename}: {out.evalue}"
             elif cell is first:
                 said = out.get("text", out)
-                yield f"cell {i} must install from {URL} without a word:\n{said}"
+                yield f"cell {i} must install from {REPOSITORY} without a word:\n{said}"
             elif out.get("name") == "stderr":
                 yield f"cell {i} writes to stderr: {out.text}"
 
@@ -123,7 +121,7 @@ def runs(request, tmp_path_factory):
     """Path of a chapter -> its problems, to wait for. All selected chapters start."""
     installed = tmp_path_factory.mktemp("installed")  # in no environment: pip keeps off
     link_installed(COLAB, installed)
-    environ = redirect(URL, tmp_path_factory.mktemp("git"))
+    environ = redirect(REPOSITORY, tmp_path_factory.mktemp("git"))
     environ |= {"OMP_NUM_THREADS": "1", "PIP_NO_COLOR": "1"}
     environ |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     pool, started = ThreadPoolExecutor(AT_A_TIME), {}
@@ -136,7 +134,9 @@ def runs(request, tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [c.path for c in chapters()], ids=lambda path: path.stem
+)
 def test_runs_alone(path, runs):
     wrong = runs[path].result()
     assert not wrong, f"{path.name}, alone as on Colab:\n" + "\n".join(wrong)

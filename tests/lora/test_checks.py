@@ -2,7 +2,6 @@
 
 import math
 import sys
-from numbers import Integral
 
 import pytest
 

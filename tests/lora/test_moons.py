@@ -1,7 +1,5 @@
 """`lora.moons` against scikit-learn, numpy and the series' counts."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,6 @@
 """`lora.rank` against numpy, PyTorch's bookkeeping, the chain rule, counts by hand."""
 
 import math
-import sys
 
 import numpy as np
 import pytest

@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import accuracy_score
 from torch import nn
 
-from lora import count_trainable, freeze_all, inject_lora
+from lora import freeze_all, inject_lora
 from lora.moons import moons_batch, moons_mlp
 from lora.training import accuracy, train
 

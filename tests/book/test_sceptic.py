@@ -1,0 +1,58 @@
+"""`make sceptic`: a headline that fresh seeds overturn is seen to fall."""
+
+import nbformat
+import pytest
+import sceptic
+from register import Chapter, chapters
+
+CELL = '''def holds(seeds, shift=0.0):
+    """The mean is above zero."""
+    values = 1 + shift + torch.sin(torch.tensor(list(seeds))) / 9
+    mean, low, high = interval(values)
+    return Verdict(low > 0, mean, low, high)'''
+
+
+@pytest.fixture
+def chapter(tmp_path, monkeypatch):
+    """A chapter with one headline, of which one cell must not run."""
+    code = nbformat.v4.new_code_cell
+    settings = {"plain": {}, "shifted": {"shift": -9.0}}
+    headline = {
+        "seeds": 5,
+        "settings": settings,
+        "book": {"plain": "a", "shifted": "b"},
+    }
+    cells = [
+        code("import torch\n\nfrom lora.evidence import Verdict, interval"),
+        code("slow = torch.zeros(1) / 0\nraise SystemExit"),
+        code(CELL, metadata={"tags": ["headline"], "headline": headline}),
+    ]
+    metadata = {"bound": {"a": "+0.50 [+0.20, +0.80]", "b": "−8.50 [−8.80, −8.20]"}}
+    path = tmp_path / "07-trial.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    found = Chapter(path, "Trial", [], "", "")
+    monkeypatch.setattr(sceptic, "chapters", lambda: [found])
+    return found
+
+
+def test_a_headline_stands_or_falls(chapter, capsys):
+    assert sceptic.main("3") == 1
+    out = capsys.readouterr().out
+    assert "stands The mean is above zero. (plain)" in out
+    assert "FALLS  The mean is above zero. (shifted)" in out
+    assert "+0.50 [+0.20, +0.80]" in out and "from 3 on" in out
+
+
+def test_no_headline_is_no_success(chapter):
+    assert sceptic.main("3", "nothing_of_this_name") == 1
+
+
+def test_every_chapter_has_headlines_with_two_settings():
+    for chapter in chapters():
+        found = list(sceptic.headlines(chapter.path))
+        assert found, chapter.path.name
+        stored = nbformat.read(chapter.path, as_version=4).metadata.get("bound", {})
+        for name, claim, data in found:
+            assert claim.endswith(".") and len(data["settings"]) >= 2, name
+            assert data["book"].keys() == data["settings"].keys(), name
+            assert {str(v) for v in data["book"].values()} <= stored.keys(), name

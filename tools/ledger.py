@@ -1,0 +1,106 @@
+"""The series' claims and what came out, read from `book/claims.md`.
+
+A row there is one line: `N. *claim* **Verdict**: text. [section](NN-name.ipynb#anchor) ·
+`assertion``. The claims page, the landing page and the README take their counts from
+here; `sync` writes the README's.
+"""
+
+import re
+from collections import Counter, namedtuple
+
+from register import BASE, BOOK, ROOT
+
+# Verdict -> how it reads after a count, and its colour: Okabe-Ito, dark enough for
+# white letters.
+VERDICTS = {
+    "Holds": ("held", "#00664b"),
+    "Holds with conditions": ("held with conditions", "#0067a0"),
+    "Too strong": ("too strong", "#8a5a00"),
+    "Does not hold": ("did not hold", "#a33a00"),
+}
+VERDICT = re.compile(rf"\*\*({'|'.join(sorted(VERDICTS, key=len, reverse=True))})\.?\*\*")
+README = re.compile(r"(?<=^<!-- verdicts -->\n).*?(?=^<!-- /verdicts -->$)", re.S | re.M)
+PICTURE = BOOK / "_static" / "verdicts.svg"
+
+Row = namedtuple("Row", "number part verdict source")
+
+
+def key(verdict):
+    """The verdict as it stands in an address: `does-not-hold`."""
+    return verdict.lower().replace(" ", "-")
+
+
+def rows(text=None):
+    """The rows of the page in order; `verdict` is None where there is not exactly one."""
+    part, found = 0, []
+    text = text or (BOOK / "claims.md").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if heading := re.match(r"## Part (\d+)", line):
+            part = int(heading[1])
+        elif row := re.match(r"(\d+)\. \*", line):
+            verdicts = VERDICT.findall(line)
+            verdict = verdicts[0] if len(verdicts) == 1 else None
+            found.append(Row(int(row[1]), part, verdict, line))
+    return found
+
+
+def tally(found=None):
+    """Verdict -> how many claims, in the order of VERDICTS."""
+    count = Counter(row.verdict for row in found or rows())
+    return {verdict: count[verdict] for verdict in VERDICTS}
+
+
+def sentence(counts):
+    """The counts in words, as the README and a picture's alternative text have them."""
+    *most, last = (f"{n} {VERDICTS[verdict][0]}" for verdict, n in counts.items())
+    return f"{', '.join(most)} and {last}"
+
+
+def picture(counts):
+    """The counts as a bar, an SVG file of its own: a README holds no style sheet."""
+    width, total, x, parts = 640, sum(counts.values()), 0, []
+    for verdict, n in counts.items():
+        words, colour = VERDICTS[verdict]
+        w = round(width * n / total, 1)
+        parts.append(
+            f'<rect x="{x}" width="{w - 2:.1f}" height="40" rx="4" fill="{colour}"/>'
+            f'<text x="{x + w / 2:.1f}" y="27" class="n">{n}</text>'
+            f'<text x="{x + w / 2:.1f}" y="58" class="w">{words}</text>'
+        )
+        x = round(x + w, 1)
+    style = (
+        "text{font:13px system-ui,sans-serif;text-anchor:middle}.n{font-size:18px;"
+        "font-weight:600;fill:#fff}.w{fill:#333a42}"
+        "@media(prefers-color-scheme:dark){.w{fill:#e4e6e8}}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 66" '
+        f'width="{width}" height="66">\n<style>{style}</style>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def readme(counts):
+    """The README's lines between its marks."""
+    said = sentence(counts)
+    return (
+        f"Of {sum(counts.values())} claims that the series makes, {said}: "
+        f"[each with what shows it]({BASE}book/claims.html).\n\n"
+        f"[![A bar of {sum(counts.values())} claims: {said}.](book/_static/verdicts.svg)]"
+        f"({BASE}book/claims.html)\n"
+    )
+
+
+def sync():
+    """Write the counts into the README and its picture."""
+    counts, file = tally(), ROOT / "README.md"
+    text = file.read_text(encoding="utf-8")
+    new = README.sub(lambda _: readme(counts), text)
+    if new != text:
+        file.write_text(new, encoding="utf-8")
+    PICTURE.write_text(picture(counts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sync()
