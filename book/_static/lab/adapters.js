@@ -21,7 +21,10 @@ class LoRALinear {
 
 	/* H = s X Aᵀ has r numbers a point: the scale is applied where it costs least. */
 	forward(X) {
-		[this.X, this.H] = [X, timesTransposed(X, this.A.value).scaled(this.scale * this.dial)];
+		[this.X, this.H] = [
+			X,
+			timesTransposed(X, this.A.value).scaled(this.scale * this.dial),
+		];
 		return this.base.forward(X).add(timesTransposed(this.H, this.B.value));
 	}
 

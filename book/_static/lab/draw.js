@@ -24,14 +24,17 @@ function drawMap(canvas, { map, points, labels }) {
 	const paint = new Uint32Array(pixels.data.buffer);
 	const [zero, one, line] = [ink.softZero, ink.softOne, ink.text].map(packed);
 	for (let i = 0; i < map.length; i++) {
-		const edge = map[i] * map[i + side] < 0 || (map[i] * map[i + 1] < 0 && (i + 1) % side > 0);
+		const edge =
+			map[i] * map[i + side] < 0 || (map[i] * map[i + 1] < 0 && (i + 1) % side > 0);
 		paint[i] = edge ? line : map[i] > 0 ? one : zero;
 	}
 	picture.getContext("2d").putImageData(pixels, 0, 0);
 	pen.drawImage(picture, 0, 0, width, width);
 
 	for (let i = 0; i < labels.length; i += Math.ceil(labels.length / 250)) {
-		const [x, y] = [points[2 * i], -points[2 * i + 1]].map((at) => (at / 5.4 + 0.5) * width);
+		const [x, y] = [points[2 * i], -points[2 * i + 1]].map(
+			(at) => (at / 5.4 + 0.5) * width,
+		);
 		pen.fillStyle = labels[i] ? ink.one : ink.zero;
 		pen.beginPath();
 		if (labels[i]) {
@@ -54,8 +57,9 @@ function packed(hex) {
 /* Axes with ticks; returns what turns data into places as well. */
 function axes(canvas, { x, y, xTicks = [], yTicks, log, below }) {
 	const { pen, width, ink } = sheet(canvas, 170);
-	const [left, right, top, bottom] = [38, width - 8, 10, 136];
-	const place = (value, [low, high]) => Math.min(1, Math.max(0, (value - low) / (high - low)));
+	const [left, right, top, bottom] = [38, width - 14, 10, 136];
+	const place = (value, [low, high]) =>
+		Math.min(1, Math.max(0, (value - low) / (high - low)));
 	const scale = (value) => (log ? Math.log10(Math.max(value, 1e-30)) : value);
 	const X = (value) => left + (right - left) * place(value, x);
 	const Y = (value) => bottom - (bottom - top) * place(scale(value), y.map(scale));
@@ -87,10 +91,19 @@ function drawLosses(canvas, runs) {
 	const low = Math.max(-6, Math.floor(Math.log10(Math.min(0.1, ...all))));
 	const high = Math.ceil(Math.log10(Math.max(1, ...all)));
 	const { epochs } = runs[0].settings;
-	const yTicks = Array.from({ length: high - low + 1 }, (_, i) => Number(`1e${low + i}`));
+	const yTicks = Array.from({ length: high - low + 1 }, (_, i) =>
+		Number(`1e${low + i}`),
+	);
 	const y = [yTicks[0], yTicks.at(-1)];
 	const xTicks = [1, Math.round(epochs / 2), epochs];
-	const frame = axes(canvas, { x: [1, epochs], y, xTicks, yTicks, log: true, below: "epoch" });
+	const frame = axes(canvas, {
+		x: [1, epochs],
+		y,
+		xTicks,
+		yTicks,
+		log: true,
+		below: "epoch",
+	});
 	drawLine(frame, runs[0].losses, 1, frame.ink.zero, []);
 	drawLine(frame, runs[1].losses, 1, frame.ink.one, [6, 4]);
 }

@@ -3,14 +3,20 @@
 /* Two interleaved half circles, turned counter-clockwise about the origin: the points of
    `lora.moons.two_moons`, from another generator of random numbers. */
 function twoMoons(n, noise, degrees, random) {
-	const [c, s] = [Math.cos((degrees * Math.PI) / 180), Math.sin((degrees * Math.PI) / 180)];
+	const [c, s] = [
+		Math.cos((degrees * Math.PI) / 180),
+		Math.sin((degrees * Math.PI) / 180),
+	];
 	const [X, labels] = [new Matrix(n, 2), []];
 	const half = Math.floor(n / 2);
 	for (let i = 0; i < n; i++) {
 		const label = i < half ? 0 : 1;
-		const along = (Math.PI * (i - label * half)) / Math.max(1, (label ? n - half : half) - 1);
-		const x = (label ? 1 - Math.cos(along) : Math.cos(along)) + noise * random.gaussian();
-		const y = (label ? 0.5 - Math.sin(along) : Math.sin(along)) + noise * random.gaussian();
+		const along =
+			(Math.PI * (i - label * half)) / Math.max(1, (label ? n - half : half) - 1);
+		const x =
+			(label ? 1 - Math.cos(along) : Math.cos(along)) + noise * random.gaussian();
+		const y =
+			(label ? 0.5 - Math.sin(along) : Math.sin(along)) + noise * random.gaussian();
 		X.data.set([c * x - s * y, s * x + c * y], 2 * i);
 		labels.push(label);
 	}
@@ -20,7 +26,8 @@ function twoMoons(n, noise, degrees, random) {
 /* The experiment of Chapter 3 with one method. `numbers` are the pretrained network's. */
 class MoonsRun {
 	constructor(settings, numbers) {
-		const { angle, points, noise, seed, method, rank, alpha, rule, lr, start, size } = settings;
+		const { angle, points, noise, seed, method, rank, alpha, rule, lr, start, size } =
+			settings;
 		Object.assign(this, { settings, numbers, losses: [], dial: 1, seconds: 0 });
 		this.training = twoMoons(points, noise, angle, new Random(seed, 1));
 		this.target = twoMoons(1000, noise, angle, new Random(seed, 2));
@@ -28,12 +35,15 @@ class MoonsRun {
 		this.order = new Random(seed, 4);
 		this.adapted = method === "LoRA" || method === "B alone";
 		this.network =
-			method === "from scratch" ? moonsFromScratch(new Random(seed, 5)) : moonsNetwork(numbers);
+			method === "from scratch"
+				? moonsFromScratch(new Random(seed, 5))
+				: moonsNetwork(numbers);
 		if (this.adapted) {
 			this.network = injectLora(this.network, rank, alpha, rule);
 			startAdapters(this.network, start, size, new Random(seed, 6));
 		}
-		for (const { A } of this.network.layers) if (A && method === "B alone") A.trains = false;
+		for (const { A } of this.network.layers)
+			if (A && method === "B alone") A.trains = false;
 		this.before = this.linear.map((layer) => layer.weight.scaled(1));
 		this.optimizer = new AdamW(this.network.trainable, lr);
 	}
@@ -81,7 +91,9 @@ class MoonsRun {
 	undo() {
 		this.network = this.adapted ? removeLora(this.network) : moonsNetwork(this.numbers);
 		this.undone = true;
-		const now = this.network.parameters.flatMap((parameter) => [...parameter.value.data]);
+		const now = this.network.parameters.flatMap((parameter) => [
+			...parameter.value.data,
+		]);
 		return now.filter((number, i) => Object.is(number, this.numbers[i])).length;
 	}
 
@@ -99,7 +111,9 @@ class MoonsRun {
 			trains: this.optimizer.moved.reduce((n, { m }) => n + m.length, 0),
 			target: merged.accuracy(this.target),
 			source: merged.accuracy(this.source),
-			spectra: this.undone ? [] : this.updates.map((update) => singularValues(update, 16)),
+			spectra: this.undone
+				? []
+				: this.updates.map((update) => singularValues(update, 16)),
 			map: finer(logits.map((logit, i) => logits[i + 1] - logit)),
 			points: this.training.X.data,
 			labels: this.training.labels,
@@ -111,7 +125,8 @@ class MoonsRun {
 function mapPoints() {
 	const at = (i) => (5.4 * i) / 39 - 2.7;
 	const points = new Matrix(1600, 2);
-	for (let i = 0; i < 1600; i++) points.data.set([at(i % 40), -at(Math.floor(i / 40))], 2 * i);
+	for (let i = 0; i < 1600; i++)
+		points.data.set([at(i % 40), -at(Math.floor(i / 40))], 2 * i);
 	return points;
 }
 
@@ -142,7 +157,10 @@ class PlantedRun {
 		this.D = times(waves(planted, d, random).T, waves(planted, d, random)).scaled(8);
 		this.spread = Float64Array.from({ length: d }, (_, i) => (i + 1) ** -fall);
 		this.X = this.seen(new Matrix(256, d).map(gaussian));
-		const base = new Linear(new Matrix(d, d).map(gaussian).scaled(1 / 8), new Matrix(1, d));
+		const base = new Linear(
+			new Matrix(d, d).map(gaussian).scaled(1 / 8),
+			new Matrix(1, d),
+		);
 		this.answers = timesTransposed(this.X, this.D.scaled(1).add(base.weight));
 		this.network = injectLora(new Network([base]), rank, rank, "α/r");
 		startAdapters(this.network, "A random", "1/r", random);
@@ -165,7 +183,8 @@ class PlantedRun {
 	/* A step on the squared error, the rate falling to zero along half a cosine. */
 	advance() {
 		const { steps } = this.settings;
-		this.optimizer.lr = 0.04 * (1 + Math.cos((Math.PI * (this.errors.length - 1)) / steps));
+		this.optimizer.lr =
+			0.04 * (1 + Math.cos((Math.PI * (this.errors.length - 1)) / steps));
 		const wrong = this.network.forward(this.X).add(this.answers.scaled(-1));
 		this.network.layers[0].backward(wrong.scaled(2 / this.X.rows));
 		this.optimizer.step();

@@ -47,7 +47,8 @@ function timesTransposed(X, Y) {
 				for (let k = i; k < Math.min(i + 4, X.rows); k++)
 					for (let l = j; l < Math.min(j + 2, Y.rows); l++) {
 						let sum = 0;
-						for (let n = 0; n < X.cols; n++) sum += X.data[k * X.cols + n] * Y.data[l * X.cols + n];
+						for (let n = 0; n < X.cols; n++)
+							sum += X.data[k * X.cols + n] * Y.data[l * X.cols + n];
 						Z.data[k * Y.rows + l] = sum;
 					}
 	return Z;
@@ -103,7 +104,8 @@ function singularValues(matrix, count = Infinity) {
 	const chain = [];
 	for (let k = 0; k < cols; k++) {
 		chain.push(reflect(data, k * cols + k, cols, rows - k, 1, cols - k));
-		if (k + 1 < cols) chain.push(reflect(data, k * cols + k + 1, 1, cols - k - 1, cols, rows - k));
+		if (k + 1 < cols)
+			chain.push(reflect(data, k * cols + k + 1, 1, cols - k - 1, cols, rows - k));
 	}
 	const largest = 2 * Math.max(...chain.map(Math.abs));
 	const squares = chain.map((x) => x * x);
@@ -168,7 +170,10 @@ class Random {
 
 	/* Box and Muller's formula. */
 	gaussian() {
-		return Math.sqrt(-2 * Math.log(1 - this.uniform())) * Math.cos(2 * Math.PI * this.uniform());
+		return (
+			Math.sqrt(-2 * Math.log(1 - this.uniform())) *
+			Math.cos(2 * Math.PI * this.uniform())
+		);
 	}
 
 	/* The numbers 0 to n - 1 in random order (Fisher and Yates). */

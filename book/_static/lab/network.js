@@ -94,7 +94,9 @@ class Network {
 	/* Share of the points in X that are put into their class, of two. */
 	accuracy({ X, labels }) {
 		const logits = this.forward(X).data;
-		const right = labels.filter((label, i) => label === Number(logits[2 * i + 1] > logits[2 * i]));
+		const right = labels.filter(
+			(label, i) => label === Number(logits[2 * i + 1] > logits[2 * i]),
+		);
 		return right.length / labels.length;
 	}
 }
@@ -123,8 +125,14 @@ function moonsNetwork(numbers) {
 	let rest = numbers;
 	for (let i = 0; i < 4; i++) {
 		const [d_in, d_out] = [2, 128, 128, 128, 2].slice(i);
-		const [W, b] = [rest.slice(0, d_out * d_in), rest.slice(d_out * d_in, d_out * (d_in + 1))];
-		layers.push(new Linear(new Matrix(d_out, d_in, W), new Matrix(1, d_out, b)), new Tanh());
+		const [W, b] = [
+			rest.slice(0, d_out * d_in),
+			rest.slice(d_out * d_in, d_out * (d_in + 1)),
+		];
+		layers.push(
+			new Linear(new Matrix(d_out, d_in, W), new Matrix(1, d_out, b)),
+			new Tanh(),
+		);
 		rest = rest.subarray(d_out * (d_in + 1));
 	}
 	return new Network(layers.slice(0, -1)); // no tanh after the last layer

@@ -5,7 +5,16 @@
 /* The worker's program is the source of these, as they stand in the other files. A page
    opened from disk may not start a worker from a file, but from its own text it may. */
 const ENGINE = [
-	...[Matrix, timesTransposed, fourByTwo, times, singularValues, reflect, eigenvaluesAbove, Random],
+	...[
+		Matrix,
+		timesTransposed,
+		fourByTwo,
+		times,
+		singularValues,
+		reflect,
+		eigenvaluesAbove,
+		Random,
+	],
 	...[Parameter, Linear, Tanh, Network, crossEntropy],
 	...[moonsNetwork, moonsFromScratch, AdamW],
 	...[LoRALinear, injectLora, mergeLora, removeLora, startAdapters],
@@ -35,10 +44,13 @@ class Panel {
 	constructor(id) {
 		Object.assign(this, { id, training: false, busy: false, waiting: null });
 		const program = `${ENGINE.join("\n\n")}\n\nserve();`;
-		const address = URL.createObjectURL(new Blob([program], { type: "text/javascript" }));
+		const address = URL.createObjectURL(
+			new Blob([program], { type: "text/javascript" }),
+		);
 		this.worker = new Worker(address);
 		this.worker.onmessage = ({ data }) => this.hear(data);
-		this.worker.onerror = ({ message }) => say(this.id, `The computation failed: ${message}`);
+		this.worker.onerror = ({ message }) =>
+			say(this.id, `The computation failed: ${message}`);
 	}
 
 	order(order, more) {
@@ -99,22 +111,29 @@ function titleOf({ id, report: { settings, undone } }) {
 
 function tellRun(panel) {
 	const { id, report } = panel;
-	const { settings, losses, target, source, trains, spectra, dial, undone, same } = report;
+	const { settings, losses, target, source, trains, spectra, dial, undone, same } =
+		report;
 	write(`${id}-title`, titleOf(panel));
 	write(`${id}-epoch`, `${losses.length} of ${settings.epochs}`);
 	write(`${id}-target`, percent(target));
 	write(`${id}-source`, percent(source));
 	write(`${id}-trains`, trains.toLocaleString("en"));
 	describe(`${id}-map`, `Map of the classes. ${titleOf(panel)}`);
-	const layers = spectra.map((values) => values.slice(0, 4).map((value) => value.toPrecision(2)));
-	describe(`${id}-spectra`, `Largest singular values of ΔW, by layer: ${layers.join("; ")}`);
+	const layers = spectra.map((values) =>
+		values.slice(0, 4).map((value) => value.toPrecision(2)),
+	);
+	describe(
+		`${id}-spectra`,
+		`Largest singular values of ΔW, by layer: ${layers.join("; ")}`,
+	);
 	const turn = find(`${id}-turn`);
 	turn.disabled = dial === null || Boolean(undone);
 	if (document.activeElement !== turn) turn.value = dial ?? 1;
 	showValue(turn);
 
 	const runs = [panels.a, panels.b];
-	if (same) say(id, `${titleOf(panel)}. ${same} numbers equal the stored ones, bit for bit.`);
+	if (same)
+		say(id, `${titleOf(panel)}. ${same} numbers equal the stored ones, bit for bit.`);
 	if (report.finished && !runs.some(({ training }) => training))
 		say(id, `Done. ${runs.map(resultOf).join(" ")}`);
 }
@@ -134,7 +153,10 @@ function tellBench({ id, report: { errors, bound, settings, finished } }) {
 
 /* How a dial stands at the beginning. */
 function initial(dial) {
-	return dial.defaultValue ?? [...dial.options].find((option) => option.defaultSelected).value;
+	return (
+		dial.defaultValue ??
+		[...dial.options].find((option) => option.defaultSelected).value
+	);
 }
 
 function showValue(dial) {
@@ -168,11 +190,15 @@ function setAll(query) {
 		dial.value = wish ?? initial(dial);
 		if (wish === null || dial.value === wish) continue; // a control takes nothing else
 		const accepted =
-			dial.textContent.trim().replace(/\s*\n\s*/g, ", ") || `${dial.min} to ${dial.max}`;
+			dial.textContent.trim().replace(/\s*\n\s*/g, ", ") ||
+			`${dial.min} to ${dial.max}`;
 		refused.push(`${dial.name} = ${wish} (accepted: ${accepted})`);
 		dial.value = initial(dial);
 	}
-	say("a", refused.length ? `The address asks for what cannot be: ${refused.join("; ")}.` : "");
+	say(
+		"a",
+		refused.length ? `The address asks for what cannot be: ${refused.join("; ")}.` : "",
+	);
 	showDials();
 	prepare(Object.values(panels));
 }
@@ -210,10 +236,14 @@ function trainOrStop(runs) {
 /* Run B has what run A has, but begins with full fine-tuning. */
 function makeRunB() {
 	for (const part of ["dials", "results"]) {
-		const copy = find(`a-${part}`).outerHTML.replaceAll('"a', '"b').replaceAll("Run A", "Run B");
+		const copy = find(`a-${part}`)
+			.outerHTML.replaceAll('"a', '"b')
+			.replaceAll("Run A", "Run B");
 		find(`a-${part}`).insertAdjacentHTML("afterend", copy);
 	}
-	for (const option of document.querySelectorAll('[name="b.method"] *, [name="b.lr"] *'))
+	for (const option of document.querySelectorAll(
+		'[name="b.method"] *, [name="b.lr"] *',
+	))
 		option.defaultSelected = ["full", "0.001"].includes(option.value);
 }
 
