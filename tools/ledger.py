@@ -18,8 +18,12 @@ VERDICTS = {
     "Too strong": ("too strong", "#8a5a00"),
     "Does not hold": ("did not hold", "#a33a00"),
 }
-VERDICT = re.compile(rf"\*\*({'|'.join(sorted(VERDICTS, key=len, reverse=True))})\.?\*\*")
-README = re.compile(r"(?<=^<!-- verdicts -->\n).*?(?=^<!-- /verdicts -->$)", re.S | re.M)
+VERDICT = re.compile(
+    rf"\*\*({'|'.join(sorted(VERDICTS, key=len, reverse=True))})\.?\*\*"
+)
+README = re.compile(
+    r"(?<=^<!-- verdicts -->\n).*?(?=^<!-- /verdicts -->$)", re.S | re.M
+)
 PICTURE = BOOK / "_static" / "verdicts.svg"
 
 Row = namedtuple("Row", "number part verdict source")

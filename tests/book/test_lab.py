@@ -582,6 +582,9 @@ def test_after_a_run_it_is_accessible_and_fits_a_phone(visit, scheme):
     size = {"width": 390, "height": 800}
     page = visit("?task.points=16&task.epochs=3", viewport=size, color_scheme=scheme)
     train(page)
+    page.evaluate(
+        "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     found = Axe().run(page, context="article").response["violations"]
     assert not found, [(rule["id"], rule["nodes"][0]["html"][:90]) for rule in found]
