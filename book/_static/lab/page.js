@@ -132,8 +132,8 @@ function tellRun(panel) {
 	showValue(turn);
 
 	const runs = [panels.a, panels.b];
-	if (same)
-		say(id, `${titleOf(panel)}. ${same} numbers equal the stored ones, bit for bit.`);
+	const of = `${same} of ${BASE.length} numbers equal the stored ones`;
+	if (same !== undefined) say(id, `${titleOf(panel)}. ${of}, bit for bit.`);
 	if (report.finished && !runs.some(({ training }) => training))
 		say(id, `Done. ${runs.map(resultOf).join(" ")}`);
 }
@@ -203,8 +203,8 @@ function setAll(query) {
 	prepare(Object.values(panels));
 }
 
-/* The address holds what differs from the beginning. Opened from disk, a page may change
-   only what stands after the #. */
+/* The address holds what differs from the beginning. Opened from disk, a page may not
+   change more than what stands after the #, in some browsers. */
 function writeAddress() {
 	const turned = dials().filter((dial) => dial.value !== initial(dial));
 	const query = new URLSearchParams(turned.map(({ name, value }) => [name, value]));
