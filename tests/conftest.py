@@ -2,10 +2,10 @@
 
 import gzip
 import os
-import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from pdf import chromium
 
 # The same examples on every run: a failure in CI is a failure on every desk.
 settings.register_profile("book", derandomize=True, deadline=None)
@@ -23,13 +24,6 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "book"]
-BROWSERS = [
-    os.environ.get("CHROMIUM"),
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-]
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
 QUIET += " --disable-background-networking --disable-component-update"
 
@@ -68,6 +62,10 @@ class Pages(SimpleHTTPRequestHandler):
     def translate_path(self, path):
         outside = "/" + "outside" + path
         return super().translate_path(path.removeprefix("/LoRA") or outside)
+
+    def handle(self):
+        with suppress(ConnectionError):  # a page that is closed while it loads
+            super().handle()
 
     def send_head(self):
         path = Path(self.translate_path(self.path))
@@ -108,7 +106,7 @@ def site(book):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, for the module only: Playwright holds the thread's event loop."""
-    found = next(filter(None, (shutil.which(b) for b in BROWSERS if b)), None)
+    found = chromium()
     if not found:
         missing = "no Chromium or Chrome found; name one in the variable CHROMIUM"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)

@@ -25,6 +25,7 @@ KEY = r"<!-- (?P<key>[^\n]*?) -->"
 BOUND = re.compile(r"(?P<shown>[+−]?\w(?:[\w.,-]*\w)?%?)?" + KEY)
 ELSEWHERE = re.compile(r"(\d\d-[\w-]+): (.*)")
 LITERATURE = re.compile(r"([a-z]+\d{4}[a-z]*): (.*)")
+GENERATED = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 NUMBER = re.compile(
     r"(?<![\w.])(?<!\w-)(?P<digits>\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)"
     r"(?P<unit>\s?%|\s?[×°]|-fold|\s(?:thousand|million|billion)\b|\s?[KMGT]i?B\b)?"
@@ -50,7 +51,7 @@ def write(text, values):
 
     def token(match):
         key = match["key"]
-        return f"{values.get(key, match['shown'])}<!-- {key} -->"
+        return f"{values.get(key, match['shown'] or '')}<!-- {key} -->"
 
     return BOUND.sub(token, text)
 
@@ -221,6 +222,7 @@ def blank(match):
 
 def faults_of_text(text, values):
     """A sentence for each number of a text that is not bound, or not to its value."""
+    text = GENERATED.sub("", text)
     prose = re.sub(CODE, blank, text, flags=re.DOTALL)
     for match in BOUND.finditer(prose):
         key, shown = match["key"], match["shown"]

@@ -1,29 +1,28 @@
 """The series' claims and what came out, read from `book/claims.md`.
 
-A row there is one line: `N. *claim* **Verdict**: text. [section](NN-name.ipynb#anchor) ·
-`assertion``. The claims page, the landing page and the README take their counts from
-here; `sync` writes the README's.
+A row there is one line:
+N. *claim* **Verdict**: text. [section](NN-name.ipynb#anchor) · `assertion` · `test`
+The claims page, the landing page and the README take their counts from here; `make
+sync` writes the README's.
 """
 
 import re
 from collections import Counter, namedtuple
 
-from register import BASE, BOOK, ROOT
+from register import BASE, BOOK
 
 # Verdict -> how it reads after a count, and its colour: Okabe-Ito, dark enough for
 # white letters.
 VERDICTS = {
     "Holds": ("held", "#00664b"),
     "Holds with conditions": ("held with conditions", "#0067a0"),
-    "Too strong": ("too strong", "#8a5a00"),
+    "Too strong": ("were too strong", "#8a5a00"),
     "Does not hold": ("did not hold", "#a33a00"),
 }
 VERDICT = re.compile(
     rf"\*\*({'|'.join(sorted(VERDICTS, key=len, reverse=True))})\.?\*\*"
 )
-README = re.compile(
-    r"(?<=^<!-- verdicts -->\n).*?(?=^<!-- /verdicts -->$)", re.S | re.M
-)
+README = re.compile(r"(?<=<!-- verdicts -->\n).*?(?=<!-- /verdicts -->)", re.DOTALL)
 PICTURE = BOOK / "_static" / "verdicts.svg"
 
 Row = namedtuple("Row", "number part verdict source")
@@ -34,8 +33,13 @@ def key(verdict):
     return verdict.lower().replace(" ", "-")
 
 
+def short(verdict):
+    """The verdict as a label: `too strong`."""
+    return VERDICTS[verdict][0].removeprefix("were ")
+
+
 def rows(text=None):
-    """The rows of the page in order; `verdict` is None where there is not exactly one."""
+    """The rows of the page in order; `verdict` is None unless there is just one."""
     part, found = 0, []
     text = text or (BOOK / "claims.md").read_text(encoding="utf-8")
     for line in text.splitlines():
@@ -46,6 +50,12 @@ def rows(text=None):
             verdict = verdicts[0] if len(verdicts) == 1 else None
             found.append(Row(int(row[1]), part, verdict, line))
     return found
+
+
+def checks(source):
+    """The assertions and tests that a row names, after the first place it links to."""
+    tail = re.search(r"\]\([\w-]+\.ipynb#.*", source)
+    return re.findall(r"`([^`]+)`", tail[0]) if tail else []
 
 
 def tally(found=None):
@@ -64,7 +74,7 @@ def picture(counts):
     """The counts as a bar, an SVG file of its own: a README holds no style sheet."""
     width, total, x, parts = 640, sum(counts.values()), 0, []
     for verdict, n in counts.items():
-        words, colour = VERDICTS[verdict]
+        words, colour = short(verdict), VERDICTS[verdict][1]
         w = round(width * n / total, 1)
         parts.append(
             f'<rect x="{x}" width="{w - 2:.1f}" height="40" rx="4" fill="{colour}"/>'
@@ -87,24 +97,13 @@ def picture(counts):
 
 def readme(counts):
     """The README's lines between its marks."""
-    said = sentence(counts)
-    return (
-        f"Of {sum(counts.values())} claims that the series makes, {said}: "
-        f"[each with what shows it]({BASE}book/claims.html).\n\n"
-        f"[![A bar of {sum(counts.values())} claims: {said}.](book/_static/verdicts.svg)]"
-        f"({BASE}book/claims.html)\n"
+    said, total, page = (
+        sentence(counts),
+        sum(counts.values()),
+        f"{BASE}book/claims.html",
     )
-
-
-def sync():
-    """Write the counts into the README and its picture."""
-    counts, file = tally(), ROOT / "README.md"
-    text = file.read_text(encoding="utf-8")
-    new = README.sub(lambda _: readme(counts), text)
-    if new != text:
-        file.write_text(new, encoding="utf-8")
-    PICTURE.write_text(picture(counts), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    sync()
+    return (
+        f"\nOf {total} claims that the series makes, {said}: "
+        f"[each with what shows it]({page}).\n\n"
+        f"[![A bar of {total} claims: {said}.](book/_static/verdicts.svg)]({page})\n\n"
+    )

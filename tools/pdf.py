@@ -6,10 +6,8 @@ links between chapters, the outline and the page numbers are the PDF's own.
 
 import mimetypes
 import os
-import re
 import shutil
 import sys
-from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 from bs4 import BeautifulSoup
@@ -25,6 +23,7 @@ BROWSERS = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
+PLACE = '<span data-pdf="{}" hidden></span>'  # in the pages, from book/_ext/front.py
 FOOT = (
     '<div style="font: 7pt sans-serif; width: 100%; text-align: center">'
     '<span class="pageNumber"></span></div>'
@@ -32,10 +31,16 @@ FOOT = (
 READY = """async () => {
   await window.MathJax?.startup?.promise;
   for (const image of document.images) image.loading = "eager";
-  await Promise.all([...document.images].map((image) => image.decode().catch(() => 0)));
-  for (const details of document.querySelectorAll(".solution details, details:not(.hide)"))
-    details.open = true;
+  const images = [...document.images];
+  await Promise.all(images.map((image) => image.decode().catch(() => 0)));
+  const folded = ".solution details, details:not(.hide)";
+  for (const details of document.querySelectorAll(folded)) details.open = true;
 }"""
+
+
+def chromium():
+    """The path of Chromium or Chrome; None where there is none."""
+    return next(filter(None, (shutil.which(b) for b in BROWSERS if b)), None)
 
 
 def anchor(page, fragment=""):
@@ -84,7 +89,7 @@ def whole_book(html=HTML):
 
 
 def from_disk(text, html):
-    """A handler that answers the requests of a page: `text`, files of `html`, no net."""
+    """Answers the requests of a page: `text` and files of `html`, no network."""
 
     def answer(route):
         path = urldefrag(route.request.url)[0].split("?")[0].removeprefix(BASE)
@@ -126,14 +131,9 @@ def offer(html=HTML):
     for file in html.rglob("*.html"):
         up = "../" * (len(file.relative_to(html).parts) - 1)
         text = file.read_text(encoding="utf-8")
-        new = re.sub(
-            "<!-- pdf (button|link) -->",
-            lambda m: (
-                f'<a{" class=button" * (m[1] == "button")} href="{up}{NAME}">'
-                f"PDF ({size:.0f} MB)</a>"
-            ),
-            text,
-        )
+        link = f'href="{up}{NAME}">PDF, {size:.1f} MB</a>'
+        new = text.replace(PLACE.format("button"), f'<a class="button" {link}')
+        new = new.replace(PLACE.format("link"), f" · <a {link}")
         if new != text:
             file.write_text(new, encoding="utf-8")
 
@@ -141,7 +141,7 @@ def offer(html=HTML):
 def main():
     from playwright.sync_api import sync_playwright
 
-    found = next(filter(None, (shutil.which(b) for b in BROWSERS if b)), None)
+    found = chromium()
     if not found:
         sys.exit("no Chromium or Chrome found; name one in the variable CHROMIUM")
     with sync_playwright() as playwright:

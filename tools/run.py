@@ -7,7 +7,9 @@ run    the same, after executing the chapters and writing the bound numbers
 import json
 import re
 import sys
+from datetime import date
 
+import ledger
 import nbformat
 from bound import (
     evaluate,
@@ -49,6 +51,7 @@ def run(notebook, wanted):
             if tolerance := cell.metadata.get("tolerance"):
                 cell.metadata["drawn"] = drawn(client.kc, tolerance)
         store(notebook.metadata, evaluate(client.kc, wanted))
+    notebook.metadata["ran"] = date.today().isoformat()  # the pages' footer says it
     # Kernels write their version here too, which would differ from machine to machine.
     notebook.metadata["language_info"] = {
         "name": "python",
@@ -130,6 +133,9 @@ def written():
         done[path] = re.sub(
             block, lambda _, t=table: f"\n{t}\n", done[path], flags=re.DOTALL
         )
+    counts, readme = ledger.tally(), ROOT / "README.md"
+    done[readme] = ledger.README.sub(lambda _: ledger.readme(counts), done[readme])
+    done[ledger.PICTURE] = ledger.picture(counts)
     return done
 
 

@@ -30,7 +30,6 @@ import register  # noqa: E402
 
 LANDING = "book/index"
 CLAIMS = "book/claims"
-PDF = "deconstructing-lora.pdf"
 SIDE = 128  # the layers of Chapter 3, and the picture's units
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 PYTHON = "{}.{}".format(*sys.version_info)
@@ -46,7 +45,7 @@ def start():
     return f"""<p class="start">
 <a class="button main" href="{first.path.stem}.html">Start reading</a>
 <a class="button" href="{register.colab(first)}">Run on Colab</a>
-<!-- pdf button -->
+<span data-pdf="button" hidden></span>
 </p>"""
 
 
@@ -56,8 +55,8 @@ def rank_dial(rank=8):
     thin = 2 * SIDE * rank
     return f"""<figure class="dial" id="rank-dial">
 <svg viewBox="0 0 400 166" role="img" aria-labelledby="dial-title">
-<title id="dial-title">A large grey square, the frozen weight W, plus a tall thin matrix B
-times a flat thin matrix A. Together A and B hold far fewer numbers than W.</title>
+<title id="dial-title">A large grey square, the frozen weight W, plus a tall thin matrix
+B times a flat thin matrix A. Together A and B hold far fewer numbers than W.</title>
 <rect class="frozen" x="1" y="1" width="{SIDE}" height="{SIDE}"/>
 <text x="{SIDE / 2}" y="{SIDE / 2 + 5}" class="name">W</text>
 <text x="{SIDE / 2}" y="150">frozen</text>
@@ -65,10 +64,12 @@ times a flat thin matrix A. Together A and B hold far fewer numbers than W.</tit
 <rect class="trained b" x="{x - rank / 2}" y="1" width="{rank}" height="{SIDE}"/>
 <text x="{x}" y="150"><tspan class="name">B</tspan> trained</text>
 <text x="{x + 46}" y="{SIDE / 2 + 5}" class="sign">×</text>
-<rect class="trained a" x="{x + 62}" y="{SIDE / 2 + 1 - rank / 2}" width="{SIDE}" height="{rank}"/>
+<rect class="trained a" x="{x + 62}" y="{SIDE / 2 + 1 - rank / 2}"
+ width="{SIDE}" height="{rank}"/>
 <text x="{x + 62 + SIDE / 2}" y="150"><tspan class="name">A</tspan> trained</text>
 </svg>
-<label hidden>Rank <input type="range" min="0" max="{len(RANKS) - 1}" value="{RANKS.index(rank)}"
+<label hidden>Rank
+<input type="range" min="0" max="{len(RANKS) - 1}" value="{RANKS.index(rank)}"
  data-ranks="{" ".join(map(str, RANKS))}" data-side="{SIDE}"></label>
 <figcaption>A layer with {SIDE} inputs and {SIDE} outputs, to scale.
 <span class="count">Rank <b>{rank}</b>: <b>{thin:,}</b> trained numbers beside
@@ -82,7 +83,7 @@ def verdicts():
     parts = "".join(
         f'<li class="{ledger.key(v)}" style="flex-grow: {n}">'
         f'<a href="claims.html?verdict={ledger.key(v)}"><b>{n}</b> '
-        f"<span>{ledger.VERDICTS[v][0]}</span></a></li>"
+        f"<span>{ledger.short(v)}</span></a></li>"
         for v, n in counts.items()
     )
     return (
@@ -98,7 +99,7 @@ def last_run():
     days, written = [], True
     for chapter in register.chapters():
         meta = nbformat.read(chapter.path, as_version=4).metadata
-        day = meta.get("book", {}).get("ran")
+        day = meta.get("ran")
         if not day:  # the day of the commit that changed it last
             written = False
             command = ["git", "log", "-1", "--format=%cs", "--", chapter.path]
@@ -110,7 +111,7 @@ def last_run():
 
 
 def ran():
-    """`Last run on 24 November 2026`, or what can be said instead; empty without git."""
+    """`Last run on 24 November 2026`, or what else is known; empty without git."""
     day, written = last_run()
     if not day:
         return ""
@@ -144,7 +145,8 @@ def terms():
     blob = f"{register.REPOSITORY}/blob/{register.BRANCH}"
     return f"""<dl class="terms">
 <dt>Licence</dt>
-<dd>Prose and figures: <a href="https://creativecommons.org/licenses/by/4.0/">CC BY 4.0</a>.
+<dd>Prose and figures:
+<a href="https://creativecommons.org/licenses/by/4.0/">CC BY 4.0</a>.
 Code: <a href="{blob}/LICENSE">MIT</a>.</dd>
 <dt>How to cite</dt>
 <dd><pre tabindex="0" aria-label="BibTeX entry">{html.escape(bibtex)}</pre>
@@ -169,14 +171,14 @@ def directive(write):
 
 def footer(app, pagename, templatename, context, doctree):
     """Who, under what terms, and when it ran, at the foot of every page."""
-    at = context["pathto"](LANDING)
+    at = "" if pagename == LANDING else context["pathto"](LANDING)
     parts = [
         f'<a href="{at}#who-and-under-what-terms">Licence: CC BY 4.0, code MIT</a>',
         f'<a href="{at}#who-and-under-what-terms">How to cite</a>',
         f"{ran()}, with PyTorch {version('torch')}, Python {PYTHON}",
-        "<!-- pdf link -->",
     ]
-    context["theme_extra_footer"] = '<p class="terms">' + " · ".join(parts) + "</p>"
+    place = '<span data-pdf="link" hidden></span>'  # for tools/pdf.py
+    context["theme_extra_footer"] = f'<p class="terms">{" · ".join(parts)}{place}</p>'
 
 
 # The claims page ----------------------------------------------------------------------
@@ -259,6 +261,7 @@ def table_of(items, part):
 
 def filters(found):
     """Links that show the claims of one verdict or one part; front.js follows them."""
+
     def links(name, choices):
         items = "".join(
             f'<li><a href="?{name}={value}" data-{name}="{value}"'
@@ -289,7 +292,10 @@ def claims_table(app, doctree):
     part = {row.number: row.part for row in found}
     for badge in list(doctree.findall(nodes.strong)):
         # where the page says what they are; a row gets its own
-        if badge.astext() in ledger.VERDICTS and badge.parent.parent.tagname == "section":
+        if (
+            badge.astext() in ledger.VERDICTS
+            and badge.parent.parent.tagname == "section"
+        ):
             badge["classes"] += ["verdict", ledger.key(badge.astext())]
     for items in list(doctree.findall(nodes.enumerated_list)):
         number = items.get("start", 1)
@@ -299,18 +305,6 @@ def claims_table(app, doctree):
             first = section.parent.index(section)
             section.parent.insert(first, raw(filters(found)))
         items.replace_self(table_of(numbered, part[number]))
-
-
-# On paper -----------------------------------------------------------------------------
-
-
-def mark_solutions(app, doctree):
-    """Of the cells that are folded as a whole, paper shows the solutions alone."""
-    for cell in doctree.findall(nodes.container):
-        if "tag_hide-cell" in cell["classes"] and re.match(
-            r"# (@title )?Solution", cell.astext().lstrip()
-        ):
-            cell["classes"].append("solution")
 
 
 # What a page weighs -------------------------------------------------------------------
@@ -329,11 +323,13 @@ def size_of(picture):
 def lighter(text, folder):
     """A page that paints before scripts and pictures have come."""
     text = re.sub(r'\s*<script [^>]*src="[^"]*fontawesome\.js[^>]*></script>', "", text)
-    text = re.sub(r'\s*<link [^>]*sphinx-thebe\.css[^>]*>', "", text)
+    if not re.search(r'class="[^"]*\bmath\b', text):
+        text = re.sub(r"\s*<script [^>]*/mathjax/[^>]*></script>", "", text)
+    text = re.sub(r"\s*<link [^>]*sphinx-thebe\.css[^>]*>", "", text)
     text = re.sub(r'<link rel="preload" as="script"[^>]*>\s*', "", text)
     # A script in the page itself needs the options at once, the rest can wait.
     text = re.sub(
-        r'<script (?!defer)(?=[^>]*src=)(?![^>]*documentation_options)(?![^>]*\bdefer\b)',
+        r"<script (?=[^>]*src=)(?![^>]*(documentation_options|\bdefer\b))",
         '<script defer="defer" ',
         text,
     )
@@ -344,9 +340,12 @@ def lighter(text, folder):
             file = folder / source[1].split("?")[0]
             if " loading=" not in tag:
                 tag = tag.replace("<img", '<img loading="lazy" decoding="async"', 1)
-            if not re.search(r'\b(width|height)\s*[=:]', tag) and file.is_file():
-                if size := size_of(file):
-                    tag = tag.replace("<img", '<img width="%d" height="%d"' % (*size,), 1)
+            sized = re.search(r"\b(width|height)\s*[=:]", tag)
+            size = None if sized or not file.is_file() else size_of(file)
+            if size:
+                width, height = size
+                sizes = f'<img width="{width}" height="{height}"'
+                tag = tag.replace("<img", sizes, 1)
         return tag
 
     return re.sub(r"<img\b[^>]*>", picture, text)
@@ -376,7 +375,7 @@ def icons(static, used):
         cutter.subset(font)
         subset.save_font(font, str(file.with_suffix(".woff")), options)
         css = re.sub(
-            r"src:url\(([^)]*/%s)\.woff2\) format\(\"woff2\"\)[^;}]*" % re.escape(file.stem),
+            rf'src:url\(([^)]*/{file.stem})\.woff2\) format\("woff2"\)[^;}}]*',
             r'src:url(\1.woff) format("woff")',
             css,
         )
@@ -412,7 +411,6 @@ def setup(app):
     ]:
         app.add_directive(name, directive(write))
     app.connect("doctree-read", claims_table)
-    app.connect("doctree-read", mark_solutions)
     app.connect("html-page-context", footer, priority=900)
     app.connect("build-finished", lighten, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

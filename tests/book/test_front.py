@@ -1,0 +1,414 @@
+"""Landing page, claims page, footer, what pages weigh, the book on paper."""
+
+import re
+import threading
+from copy import copy
+from functools import partial
+from http.server import ThreadingHTTPServer
+from importlib.metadata import version
+from urllib.parse import parse_qs, urlsplit
+
+import ledger
+import nbformat
+import pdf
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from bs4 import BeautifulSoup
+from conftest import Pages
+from fontTools.ttLib import TTFont
+from pypdfium2 import PdfDocument
+from register import ROOT, chapters, colab, pages
+
+PAGES = pages()
+CHAPTERS = [c.path.stem for c in chapters()]
+ROWS = ledger.rows()
+SIZES = [(1280, 800), (390, 800)]
+# A slow phone: slow 4G, and a processor that takes four times as long.
+SLOW = {
+    "offline": False,
+    "latency": 150,
+    "downloadThroughput": 1.6e6 / 8,
+    "uploadThroughput": 0.75e6 / 8,
+}
+PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+
+each_page = pytest.mark.parametrize("page", PAGES)
+
+
+@pytest.fixture(scope="module")
+def soup(book):
+    """The parsed HTML of a page of `_toc.yml`."""
+    return {
+        page: BeautifulSoup((book / f"{page}.html").read_bytes(), "html.parser")
+        for page in PAGES
+    }
+
+
+@pytest.fixture
+def view(browser):
+    """A new page of a window of 1280 px that asks for less motion."""
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 800}, reduced_motion="reduce"
+    )
+    yield context.new_page()
+    context.close()
+
+
+# The landing page -----------------------------------------------------------------
+
+
+def test_the_bar_counts_the_claims_and_opens_them(soup):
+    text = (ROOT / "book" / "claims.md").read_text()
+    parts = soup[PAGES[0]].select("ul.verdicts li a")
+    shown = {}
+    for part in parts:
+        address = urlsplit(part["href"])
+        (key,) = parse_qs(address.query)["verdict"]
+        shown[key] = int(part.b.get_text())
+        assert address.path == "claims.html"
+        listed = soup["book/claims"].select(f"table.claims tr.{key}")
+        assert len(listed) == shown[key]
+    assert shown == {
+        ledger.key(verdict): len(
+            re.findall(rf"^\d+\. \*.*\*\*{verdict}\.?\*\*", text, re.MULTILINE)
+        )
+        for verdict in ledger.VERDICTS
+    }
+    assert sum(shown.values()) == len(ROWS)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["desk", "phone"])
+def test_where_to_start_is_on_the_first_screen(view, site, size):
+    width, height = size
+    view.set_viewport_size({"width": width, "height": height})
+    view.goto(f"{site}{PAGES[0]}.html")
+    for label, target in [
+        ("Start reading", f"{site}book/{CHAPTERS[0]}.html"),
+        ("Run on Colab", colab(chapters()[0])),
+    ]:
+        link = view.get_by_role("link", name=label)
+        box = link.bounding_box()
+        assert link.evaluate("a => a.href") == target
+        assert box["y"] + box["height"] <= height, f"{label}: below the first screen"
+        assert box["x"] + box["width"] <= width and box["height"] >= 24
+
+
+def test_the_dial_turns_the_rank(view, site):
+    view.goto(f"{site}{PAGES[0]}.html")
+    dial = view.locator("#rank-dial")
+    slider = dial.get_by_role("slider")
+    slider.press("Home")
+    for rank in (1, 2, 4, 8, 16, 32, 64):
+        a, b, w = (
+            dial.locator(f"rect.{c}").bounding_box() for c in ("a", "b", "frozen")
+        )
+        unit = w["width"] / 129  # 128 and its line
+        for thick, long in ((a["height"], a["width"]), (b["width"], b["height"])):
+            assert thick / unit == pytest.approx(rank, abs=0.1)
+            assert long / unit == pytest.approx(128, abs=0.1)
+        said = f"{rank * (128 + 128):,}"
+        share = f"{int(1000 * rank * 256 / 128**2 + 0.5) / 10}%"
+        count = dial.locator(".count").inner_text()
+        assert f"Rank {rank}: {said} trained" in count and share in count
+        spoken = slider.get_attribute("aria-valuetext")
+        assert spoken == f"rank {rank}: {said} numbers, {share} of W"
+        slider.press("ArrowRight")
+
+
+def test_the_dial_moves_once_by_itself_and_not_for_all(browser, site):
+    for motion in ("no-preference", "reduce"):
+        page = browser.new_page(reduced_motion=motion)
+        page.goto(f"{site}{PAGES[0]}.html")
+        slider = page.get_by_role("slider")
+        assert slider.input_value() == "3"
+        page.wait_for_timeout(2000)
+        assert (slider.input_value() == "3") == (motion == "reduce"), motion
+        if motion == "no-preference":
+            slider.focus()  # whoever takes it, has it
+            page.wait_for_timeout(500)
+            held = slider.input_value()
+            page.wait_for_timeout(1000)
+            assert slider.input_value() == held
+        page.close()
+
+
+def test_without_scripts_the_picture_stands_still(browser, site):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{site}{PAGES[0]}.html")
+    assert page.locator("#rank-dial svg").is_visible()
+    assert not page.locator("#rank-dial input").is_visible()
+    assert "2,048" in page.locator("#rank-dial figcaption").inner_text()
+    page.goto(f"{site}book/claims.html?verdict=holds")
+    shown = page.locator("table.claims tbody tr:visible")
+    assert shown.count() == len(ROWS), "without scripts every claim shows"
+    assert not page.locator("nav.filters").is_visible()
+    context.close()
+
+
+# The claims page ------------------------------------------------------------------
+
+
+def words(text):
+    """The words of a row, in any order: the verdict may have gone into its badge."""
+    text = re.sub(r"<!--.*?-->|\]\([^)]*\)|\$[^$]*\$|\\\(.*?\\\)", " ", text)
+    return sorted(re.findall(r"\w+", text.lower()))
+
+
+def test_each_claim_is_a_row_with_its_verdict_and_no_word_lost(soup):
+    for row in ROWS:
+        found = soup["book/claims"].select_one(f"tr#claim-{row.number}")
+        number, said, verdict, places = found.find_all("td")
+        assert number.get_text(strip=True) == str(row.number)
+        assert verdict.get_text(strip=True) == row.verdict
+        wanted = re.findall(r"\]\(([\w-]+)\.ipynb#([^)]+)\)", row.source)
+        assert [a["href"] for a in places.find_all("a")] == [
+            f"{page}.html#{anchor}" for page, anchor in wanted
+        ]
+        checks = [code.get_text() for code in said.select("details code")]
+        assert checks == ledger.checks(row.source)
+        assert not said.select("details[open]"), "what asserts it is folded"
+        text = " ".join(cell.get_text(" ") for cell in (said, verdict, places))
+        text = text.replace("What asserts it", "")
+        source = re.sub(r"^\d+\. ", "", row.source)
+        lost = set(words(source)) - set(words(text))
+        assert not lost, f"claim {row.number}: {lost}"
+
+
+def visible(view):
+    rows = view.locator("table.claims tbody tr:visible")
+    return [int(row.removeprefix("claim-")) for row in rows.evaluate_all(
+        "rows => rows.map((row) => row.id)"
+    )]  # fmt: skip
+
+
+def test_the_filter(view, site):
+    address = f"{site}book/claims.html"
+    view.goto(address)
+    assert visible(view) == [row.number for row in ROWS]
+
+    nav = view.get_by_role("navigation", name="Filter the claims")
+    nav.get_by_role("link", name="Does not hold").press("Enter")
+    failed = [row for row in ROWS if row.verdict == "Does not hold"]
+    assert visible(view) == [row.number for row in failed]
+    nav.get_by_role("link", name="Part 2").click()
+    both = [row.number for row in failed if row.part == 2]
+    assert visible(view) == both and 0 < len(both) < len(failed)
+    assert (
+        nav.get_by_role("status").inner_text() == f"{len(both)} of {len(ROWS)} claims"
+    )
+    chosen = nav.locator("[aria-current]").evaluate_all("all => all.map(a => a.text)")
+    assert [re.sub(r" \d+$", "", text) for text in chosen] == [
+        "Does not hold",
+        "Part 2",
+    ]
+    assert view.get_by_role("heading", name="Part 1").count() == 0, "an empty part"
+    found = Axe().run(view, options={"resultTypes": ["violations"]})
+    assert not found.response["violations"], found.generate_report()
+
+    shared = view.url
+    view.go_back()
+    assert visible(view) == [row.number for row in failed]
+    view.goto(shared)
+    assert visible(view) == both, "the address holds the choice"
+    view.goto(f"{address}?verdict=nonsense")
+    assert len(visible(view)) == len(ROWS)
+    held = next(row.number for row in ROWS if row.verdict == "Holds")
+    view.goto(f"{address}?verdict=does-not-hold#claim-{held}")
+    assert held in visible(view), "a link to a claim shows it"
+
+
+# Who and under what terms ---------------------------------------------------------
+
+
+def test_terms_versions_and_the_day(soup):
+    text = soup[PAGES[0]].select_one("dl.terms").get_text(" ")
+    cite = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    for part in ("CC BY 4.0", "MIT", cite["title"], cite["version"], cite["url"]):
+        assert part in text, part
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(),
+                           re.MULTILINE))  # fmt: skip
+    rows = soup[PAGES[0]].select("table.versions tbody tr")
+    said = dict([cell.get_text() for cell in row.find_all("td")] for row in rows)
+    assert said.pop("Python")
+    assert len(said) > 3
+    for package, number in said.items():
+        assert number.split("+")[0] == pins[package], "not the version that is pinned"
+    day = max(
+        nbformat.read(c.path, as_version=4).metadata.get("ran", "") for c in chapters()
+    )
+    for page in PAGES:
+        foot = soup[page].select_one("footer p.terms")
+        assert "Licence: CC BY 4.0, code MIT" in foot.get_text(), page
+        assert f"PyTorch {version('torch')}" in foot.get_text(), page
+        assert re.search(r"last (run|changed) on \d+ \w+ 20\d\d", foot.get_text()), page
+        assert not day or int(day[8:]) == int(re.search(r"on (\d+)", foot.text)[1])
+
+
+# Weight ---------------------------------------------------------------------------
+
+
+@each_page
+def test_nothing_blocks_the_first_paint(soup, page):
+    for script in soup[page].select("script[src]"):
+        assert script.has_attr("defer") or "documentation_options" in script["src"], (
+            f"{page}: {script['src']} blocks; see `lighter` in book/_ext/front.py"
+        )
+    loads = bool(soup[page].select("script[src*=mathjax]"))
+    assert loads == bool(soup[page].select(".math")), f"{page}: MathJax where needed"
+    for image in soup[page].article.select("img:not([src^='data:'])"):
+        sized = image.has_attr("width") or "width" in image.get("style", "")
+        assert image.get("loading") == "lazy" and sized, f"{page}: {image}"
+
+
+def test_icons_are_few_and_all_there(book, soup):
+    fonts = list((book / "_static/vendor/fontawesome/webfonts").glob("*.woff"))
+    assert 0 < sum(f.stat().st_size for f in fonts) < 20_000
+    drawn = {code for f in fonts for code in TTFont(f).getBestCmap()}
+    css = (book / "_static/styles/pydata-sphinx-theme.css").read_text()
+    used = {
+        c for s in soup.values() for i in s.select("i[class*=fa-]") for c in i["class"]
+    }
+    names = {n for n in used if re.match(r"fa-(?!solid|brands|regular|lg|fw|\dx)", n)}
+    assert len(names) > 5
+    for name in names:
+        code = re.search(rf"\.{name}:before[^{{]*{{content:\"\\([0-9a-f]+)\"", css)
+        assert code and int(code[1], 16) in drawn, f"the icon {name} is not in the font"
+    assert "fontawesome.js" not in " ".join(map(str, soup.values()))
+
+
+def first_paint(browser, url):
+    context = browser.new_context(viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    session = context.new_cdp_session(page)
+    session.send("Network.enable")
+    session.send("Network.emulateNetworkConditions", SLOW)
+    session.send("Emulation.setCPUThrottlingRate", {"rate": 4})
+    page.goto(url, wait_until="commit")
+    paint = page.wait_for_function(PAINT, timeout=30_000).json_value()
+    context.close()
+    return paint
+
+
+@pytest.fixture(scope="module")
+def bare(browser, tmp_path_factory):
+    """The first paint of a page of three words, in milliseconds: the best of five."""
+    folder = tmp_path_factory.mktemp("bare")
+    text = "<!DOCTYPE html><link rel=icon href='data:,'><title>Bare</title>Three words."
+    (folder / "bare.html").write_text(text)
+    handler = partial(Pages, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/LoRA/bare.html"
+    yield min(first_paint(browser, url) for _ in range(5))
+    server.shutdown()
+
+
+@each_page
+def test_first_paint_on_a_slow_phone(browser, site, bare, page):
+    """About a third of a second for the bare page, two seconds for one of the book."""
+    paints = []
+    while not paints or (min(paints) > 6 * bare and len(paints) < 4):
+        # once more: other work on the machine delays a paint, nothing hastens it
+        paints.append(first_paint(browser, f"{site}{page}.html"))
+    assert min(paints) <= 6 * bare, (
+        f"{page}: first paint after {paints} ms, a bare page takes {bare} ms"
+    )
+
+
+# On paper -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paper(book, browser):
+    """The whole book as `make pdf` prints it."""
+    return pdf.print_book(browser, book)
+
+
+@pytest.fixture(scope="module")
+def printed(paper):
+    """Page of `_toc.yml` -> the texts of its pages in the PDF, by the outline."""
+    document = PdfDocument(paper)
+    tops = [entry for entry in document.get_toc() if entry.level == 0]
+    starts = [entry.get_dest().get_index() for entry in tops]
+    assert len(starts) == len(PAGES), [entry.get_title() for entry in tops]
+    texts = [letters(page.get_textpage().get_text_range()) for page in document]
+    ends = [*starts[1:], len(texts)]
+    return {page: texts[a:b] for page, a, b in zip(PAGES, starts, ends, strict=True)}
+
+
+def letters(text):
+    return re.sub(r"\W", "", text)
+
+
+@each_page
+def test_the_pdf_has_each_page_from_its_first_word_to_its_last(printed, soup, page):
+    if page.removeprefix("book/") in CHAPTERS:
+        assert len(printed[page]) <= 24, f"{page}: {len(printed[page])} pages"
+    article = copy(soup[page].article)
+    unprinted = (
+        ".headerlink, .math, .tag_hide-cell:not(.solution), table.claims details"
+    )
+    for tag in article.select(unprinted):
+        tag.decompose()
+    blocks = [block.get_text() for block in article.select("p, pre, td")]
+    last = [word for block in blocks for word in block.split() if letters(word)][-1]
+    assert letters(last) in printed[page][-1][-100:], f"{page}: no {last!r} at its end"
+    title = article.h1.get_text()
+    assert letters(title) in printed[page][0][:100], f"{page}: no title {title}"
+
+
+def test_the_pdf_has_the_solutions_and_nothing_that_is_folded_else(printed):
+    for chapter in chapters():
+        text = "".join(printed[f"book/{chapter.path.stem}"])
+        for cell in nbformat.read(chapter.path, as_version=4).cells:
+            if title := re.match("# @title (.*)\n", cell.source):
+                line = letters(max(cell.source.splitlines()[1:], key=len))
+                assert (line in text) == title[1].startswith("Solution"), title[1]
+
+
+def test_the_pdf_links_from_chapter_to_chapter_and_to_the_world(paper):
+    assert len(re.findall(rb"/Subtype\s*/Link", paper)) > 100
+    addresses = {a.decode() for a in re.findall(rb"/URI \(([^)]*)\)", paper)}
+    assert any("arxiv.org" in address for address in addresses)
+    ours = {a.removeprefix(pdf.BASE) for a in addresses if a.startswith(pdf.BASE)}
+    wrong = {a for a in ours if a.startswith("book/")}
+    assert not wrong, f"a link into the book must stay in it: {wrong}"
+
+
+CLIPPED = """() => [...document.querySelectorAll(
+    '.bd-article :is(pre, table, img, svg, mjx-container, p, li, td)')]
+  .filter((e) => e.offsetParent !== null || e.tagName === 'svg')
+  .filter((e) => {
+    const box = e.getBoundingClientRect();
+    const cut = getComputedStyle(e).overflowX !== "visible" && e.clientWidth;
+    return box.width && (box.right > innerWidth + 1 || box.left < -1 ||
+      (cut && e.scrollWidth > e.clientWidth + 1));
+  })
+  .map((e) => `${e.tagName}: ${e.textContent.trim().slice(0, 60)}`)"""
+
+
+@each_page
+def test_no_line_is_clipped_on_paper(view, site, page):
+    view.set_viewport_size(
+        {"width": 642, "height": 1000}
+    )  # 170 mm: A4 less its margins
+    view.emulate_media(media="print")
+    view.goto(f"{site}{page}.html")
+    view.evaluate("dispatchEvent(new Event('beforeprint'))")
+    view.evaluate("async () => { await window.MathJax?.startup?.promise; }")
+    found = view.evaluate(CLIPPED)
+    assert not found, f"{page}: wider than the paper; see print.css: {found}"
+
+
+def test_a_chapter_printed_alone_is_the_same(view, site, book):
+    page = f"book/{CHAPTERS[0]}"
+    view.goto(f"{site}{page}.html")
+    view.evaluate("async () => { await window.MathJax?.startup?.promise; }")
+    alone = PdfDocument(view.pdf(prefer_css_page_size=True))
+    assert len(alone) <= 24
+    width, height = (round(n * 25.4 / 72) for n in alone[0].get_size())
+    assert (width, height) == (210, 297), "A4"
+    text = alone[len(alone) - 1].get_textpage().get_text_range()
+    assert "By the authors" not in text and "Last updated" not in text
