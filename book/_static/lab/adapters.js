@@ -9,9 +9,8 @@ class LoRALinear {
 		this.scale = rule === "α/r" ? alpha / rank : alpha / Math.sqrt(rank);
 		this.dial = 1;
 		const { rows, cols } = base.weight;
-		[this.A, this.B] = [new Matrix(rank, cols), new Matrix(rows, rank)].map(
-			(M) => new Parameter(M),
-		);
+		this.A = new Parameter(new Matrix(rank, cols));
+		this.B = new Parameter(new Matrix(rows, rank));
 		for (const parameter of base.parameters) parameter.trains = false;
 	}
 
@@ -21,10 +20,8 @@ class LoRALinear {
 
 	/* H = s X Aᵀ has r numbers a point: the scale is applied where it costs least. */
 	forward(X) {
-		[this.X, this.H] = [
-			X,
-			timesTransposed(X, this.A.value).scaled(this.scale * this.dial),
-		];
+		this.X = X;
+		this.H = timesTransposed(X, this.A.value).scaled(this.scale * this.dial);
 		return this.base.forward(X).add(timesTransposed(this.H, this.B.value));
 	}
 
@@ -72,8 +69,8 @@ function startAdapters(network, start, size, random) {
 		const kaiming = () => (2 * random.uniform() - 1) / Math.sqrt(d_in);
 		const draw = size === "1/r" ? gaussian : kaiming;
 		for (const name of ["A", "B"]) {
-			const random = start === "both random" || start === `${name} random`;
-			layer[name].value = layer[name].value.map(random ? draw : () => 0);
+			const drawn = start === "both random" || start === `${name} random`;
+			layer[name].value = layer[name].value.map(drawn ? draw : () => 0);
 		}
 	}
 }
