@@ -12,12 +12,17 @@ from torch import nn
 
 
 def check_number(name, value, least=-math.inf, kind=Real):
-    """Raise ValueError unless `value` is a finite `kind`, `least` or greater."""
+    """Return `value` as an int or a float if it is a finite `kind`, `least` or greater.
+
+    Raises ValueError otherwise. Count with what is returned: NumPy's integers overflow.
+    """
     try:
-        real = isinstance(value, kind) and not isinstance(value, bool)
-        if real and math.isfinite(value) and value >= least:
-            return
-    except OverflowError:  # an integer beyond all floating-point numbers
+        if isinstance(value, kind) and not isinstance(value, bool):
+            # converted first: NumPy would round the limit to inf for a float32
+            number = int(value) if isinstance(value, Integral) else float(value)
+            if math.isfinite(number) and number >= least:
+                return number
+    except OverflowError:  # a number beyond all floating-point numbers
         pass
     noun = "an integer" if kind is Integral else "a finite number"
     bound = "" if least == -math.inf else f" of at least {least}"

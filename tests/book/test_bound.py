@@ -49,6 +49,7 @@ def test_each_figure_of_the_literature_is_used_once_defined_and_in_the_bibliogra
         for text in texts(cell).values()
         for key in keys(text)
     }
+    used |= set(keys(outside()[BOOK / "claims.md"]))
     assert set(defined) <= used, "quoted, but bound to nowhere"
 
 

@@ -268,7 +268,7 @@ def test_icons_are_few_and_all_there(book, soup):
     drawn = {code for f in fonts for code in TTFont(f).getBestCmap()}
     css = (book / "_static/styles/pydata-sphinx-theme.css").read_text()
     used = {
-        c for s in soup.values() for i in s.select("i[class*=fa-]") for c in i["class"]
+        c for s in soup.values() for i in s.select("[class*=fa-]") for c in i["class"]
     }
     names = {n for n in used if re.match(r"fa-(?!solid|brands|regular|lg|fw|\dx)", n)}
     assert len(names) > 5
@@ -382,7 +382,8 @@ CLIPPED = """() => [...document.querySelectorAll(
   .filter((e) => e.offsetParent !== null || e.tagName === 'svg')
   .filter((e) => {
     const box = e.getBoundingClientRect();
-    const cut = getComputedStyle(e).overflowX !== "visible" && e.clientWidth;
+    const block = e.tagName === "PRE" || getComputedStyle(e).overflowX !== "visible";
+    const cut = block && e.clientWidth;
     return box.width && (box.right > innerWidth + 1 || box.left < -1 ||
       (cut && e.scrollWidth > e.clientWidth + 1));
   })

@@ -40,3 +40,18 @@ def test_check_number_accepts_what_is_finite_and_large_enough():
 def test_check_number_says_what_it_was_given(value, arguments, message):
     with pytest.raises(ValueError, match=message):
         check_number("x", value, **arguments)
+
+
+def test_check_number_returns_a_python_number_that_does_not_overflow():
+    """Kept as NumPy's int32, 700 million bytes times 4 would come out negative."""
+    given = np.int32(700_000_000), np.uint8(200), np.float32(0.5), 2, 2.0
+    numbers = [check_number("x", value, least=0) for value in given]
+    assert numbers == [700_000_000, 200, 0.5, 2, 2.0]
+    assert [type(n) for n in numbers] == [int, int, float, int, float]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble])
+def test_check_number_refuses_every_kind_of_infinity(kind):
+    for text in ("inf", "-inf", "nan"):
+        with pytest.raises(ValueError, match="x must be a finite number of at least 0"):
+            check_number("x", kind(text), least=0)

@@ -1066,6 +1066,7 @@ def backends():
     yield pytest.param("inductor", marks=pytest.mark.skipif(missing, reason=reason))
 
 
+@pytest.mark.unmutated  # torch.compile cannot trace the switch inside a mutant
 @pytest.mark.parametrize("backend", backends())
 def test_compiles_without_graph_breaks(backend):
     model = mlp()
