@@ -379,7 +379,7 @@ def facts(browser, site):
             page.wait_for_selector("html[data-theme=dark]")
             fact["axe"][f"dark, {width} px"] = violations(page, ["color-contrast"])
         page.close()
-        foreign = [url for url in asked if not url.startswith(("data:", site))]
+        foreign = [url for url in asked if not url.startswith(("data:", "blob:", site))]
         return fact | {"errors": errors, "foreign": foreign}
 
     return visit
