@@ -6,7 +6,8 @@ NOTEBOOKS := $(wildcard book/[0-9]*.ipynb)
 PROSE := book lora tests tools $(wildcard *.md) Makefile
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
-.PHONY: help book pdf test style mutants sceptic sync run reproduce lab clean
+.PHONY: help book pdf test style mutants sceptic sync run reproduce links lab clean
+.PHONY: torch-oldest torch-newest
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -56,6 +57,14 @@ run: .venv/installed  ## sync, execute the chapters, store outputs and bound num
 reproduce: .venv/installed  ## the chapters on 1 and 2 threads, with plain and with vector instructions
 	@set -e; for machine in LC_ALL=C.UTF-8 ATEN_CPU_CAPABILITY=default; do for n in 1 2; do \
 	  echo "$$machine OMP_NUM_THREADS=$$n"; env $$machine OMP_NUM_THREADS=$$n $(NBVAL) -q $(NOTEBOOKS); done; done
+
+torch-oldest torch-newest: .venv/installed  # the ends of what pyproject.toml promises
+	$(BIN)/python -m pip install --quiet --upgrade $(if $(findstring oldest,$@),"torch==$$(grep -oP 'torch>=\K[0-9.]+' pyproject.toml).*" "numpy<2.3",torch) --extra-index-url $(TORCH_CPU)
+	$(BIN)/python -m pytest tests/lora
+	$(NBVAL) $(NOTEBOOKS)
+
+links: .venv/installed  ## ask every address that the pages link to
+	$(BIN)/jupyter-book build --builder linkcheck .
 
 lab: .venv/installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book

@@ -9,18 +9,20 @@ Chapter 2 of the book builds this file piece by piece.
 """
 
 import copy
-import sys
-from collections import Counter
-from numbers import Integral, Real
 
 import torch
 from torch import nn
 
+from lora import checks
+
 
 def freeze_all(module):
-    """Set `requires_grad` to False on every parameter of `module`, in place."""
-    for p in module.parameters():
-        p.requires_grad_(False)
+    """Freeze every parameter of `module`, in place, and drop its gradient.
+
+    An optimizer goes by `.grad`: one that was left over would move a frozen weight.
+    """
+    module.requires_grad_(False)
+    module.zero_grad()
 
 
 def count_trainable(module):
@@ -33,127 +35,134 @@ def count_total(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def check_settings(base, rank, alpha):
-    """Raise TypeError or ValueError if `LoRALinear(base, rank, alpha)` cannot work."""
-    if not isinstance(base, nn.Linear):
-        raise TypeError(f"base must be an nn.Linear, got {type(base).__name__}")
-    kind, weight = type(base.weight), base.weight
-    dtypes = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    if kind is not nn.Parameter or weight.dtype not in dtypes:
-        raise TypeError(
-            f"base.weight must be an nn.Parameter in one of {dtypes}, "
-            f"got {kind.__name__} in {weight.dtype}"
-        )
-    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be a positive integer, got {rank!r}")
-    if not isinstance(alpha, Real) or not abs(alpha) <= sys.float_info.max:
-        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
-
-
 class LoRALinear(nn.Module):
-    """A frozen `nn.Linear` plus a trainable update of rank r (Hu et al. 2021, §4.1).
+    """A frozen linear layer plus a trainable update of rank r (Hu et al. 2021, §4.1).
 
-    Maps x of shape (..., d_in) to x Wᵀ + b + (x Aᵀ · alpha / r) Bᵀ, of shape (...,
-    d_out). A is (r, d_in) with entries from N(0, 1/r²); B is (d_out, r) and zero, so
-    the wrapper starts out equal to `base`. Both take dtype and device of `base.weight`.
-    `base` itself is kept, not copied, and frozen. Raises TypeError if `base` is not an
-    `nn.Linear` with a floating-point weight, ValueError if `rank` is not a positive
-    integer or `alpha` not finite.
+    Maps x of shape (..., d_in) to x Wᵀ + b + (alpha / r) (x Aᵀ) Bᵀ, of shape (...,
+    d_out), in the dtype of the base's output. A is (r, d_in) with entries from
+    N(0, 1/r²); B is (d_out, r) and zero, so the wrapper starts out equal to `base`.
+    Both are on the device of the base's weight, in its dtype but at least in float32:
+    in half precision small steps would be rounded away. `base` itself is kept, not
+    copied, and frozen. Raises TypeError if it is neither a plain `nn.Linear` nor of a
+    class that opts in (`lora.checks.check_base`), ValueError if `rank` is not a
+    positive integer or `alpha` not finite.
     """
 
     def __init__(self, base: nn.Linear, rank: int = 4, alpha: float = 8.0):
         super().__init__()
-        check_settings(base, rank, alpha)
+        checks.check_settings(rank, alpha)
+        W = checks.check_base("base", base)
         self.base, self.rank, self.alpha = base, rank, alpha
         self.scale = float(alpha / rank)
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.A = nn.Parameter(torch.randn(rank, base.in_features, **like) / rank)
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        self.A = nn.Parameter(checks.wide(W.new_empty(rank, base.in_features)))
+        self.B = nn.Parameter(checks.wide(W.new_empty(base.out_features, rank)))
+        self.reset_parameters()
         self.train(base.training)
-        freeze_all(base)  # last: if memory runs out above, the base is as it was
+        freeze_all(base)
+
+    def reset_parameters(self):
+        """Draw A anew and set B to zero, in place; needed after `to_empty`."""
+        nn.init.normal_(self.A, std=1 / self.rank)
+        nn.init.zeros_(self.B)
 
     def forward(self, x):
-        # The scale meets rank numbers a token here; on the output it would meet d_out.
-        return self.base(x) + (x @ self.A.T * self.scale) @ self.B.T
+        y, h = self.base(x), nn.functional.linear(x.to(self.A.dtype), self.A)
+        rows, thin = y.to(h.dtype).reshape(-1, y.shape[-1]), h.reshape(-1, self.rank)
+        out = torch.addmm(rows, thin, self.B.T, alpha=self.scale)  # y + s (x Aᵀ) Bᵀ
+        return out.view(y.shape).to(y.dtype)
 
     @property
     def weight(self):
-        """W + (alpha / rank) B A, (d_out, d_in), for code that reads `layer.weight`."""
-        return torch.addmm(self.base.weight, self.B, self.A, alpha=self.scale)
+        """W + (alpha / r) B A, (d_out, d_in), rounded once to the dtype of W.
+
+        Code that reads `layer.weight`, as attention does, gets the adapted weight.
+        """
+        dense = checks.dense_weight(self.base)
+        W, A, B = (checks.wide(t) for t in (dense, self.A, self.B))
+        with checks.no_autocast(W.device):
+            return torch.addmm(W, B, A, alpha=self.scale).to(dense.dtype)
 
     @property
     def bias(self):
         """The base's bias, shape (d_out,), or None."""
         return self.base.bias
 
+    def merged(self):
+        """A frozen `nn.Linear` with weight W + (alpha / r) B A and the base's bias.
+
+        A new layer in the dtype of W; the wrapper and its base stay as they are. It is
+        of the base's own class where that is an `nn.Linear`.
+        """
+        checks.check_base("base", self.base)
+        base, weight, bias = self.base, nn.Parameter(self.weight.detach()), self.bias
+        if checks.opts_in(base):
+            layer = nn.Linear(*reversed(weight.shape), device="meta")
+            layer.weight = weight
+            layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        else:  # keeps the class of the base and all but the weight
+            layer = copy.deepcopy(base, {id(base.weight): weight})
+        freeze_all(layer)
+        return layer.train(self.training)
+
     def extra_repr(self):
         return f"rank={self.rank}, alpha={self.alpha}"
 
 
 def find(module, kind):
-    """Name -> submodule of type `kind`; one with two names stands under both."""
-    named = module.named_modules(remove_duplicate=False)
-    return {name: m for name, m in named if isinstance(m, kind)}
+    """Qualified name -> submodule of type `kind`, without looking inside of it.
 
-
-def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0):
-    """Wrap every `target_class` layer in `module`, in place; return the new wrappers.
-
-    `target_class` is nn.Linear or a subclass of it. A layer that has several names gets
-    one wrapper under all of them. A layer that is wrapped already is left alone, so
-    that a second call changes nothing, not even the rank, and returns []. Parameters
-    outside the wrapped layers keep their `requires_grad`: call `freeze_all(module)`
-    first to train the adapters alone. Raises ValueError if `module` is itself such a
-    layer or contains none, and whatever `LoRALinear` raises; then nothing has changed.
+    A submodule that has several names stands under each of them.
     """
-    if isinstance(module, target_class):
-        raise ValueError(
-            f"cannot replace the root {type(module).__name__}: use LoRALinear(module)"
-        )
-    found = find(module, target_class)
-    if not found:
-        sought = getattr(target_class, "__name__", target_class)
-        raise ValueError(f"no {sought} found in {type(module).__name__}")
-    wrappers = {m.base: m for m in find(module, LoRALinear).values()}
-    new = [layer for layer in dict.fromkeys(found.values()) if layer not in wrappers]
-    for layer in found.values():
-        check_settings(layer, rank, alpha)
-    trained = [p for layer in new for p in layer.parameters() if p.requires_grad]
-    try:
-        wrappers.update({layer: LoRALinear(layer, rank, alpha) for layer in new})
-    except Exception:  # out of memory, say
-        for p in trained:
-            p.requires_grad_(True)
-        raise
-    for name, layer in found.items():
-        if not isinstance(module.get_submodule(name.rpartition(".")[0]), LoRALinear):
-            module.set_submodule(name, wrappers[layer])
+    found, last = {}, "."
+    for name, m in module.named_modules(remove_duplicate=False):
+        if isinstance(m, kind) and not name.startswith(last):
+            found[name], last = m, name and f"{name}."
+    return found
+
+
+def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0, targets=None):
+    """Wrap the linear layers inside `module`, in place; return the new wrappers.
+
+    By default these are all bases: every `nn.Linear` and every layer that defines
+    `dense_weight()`. `target_class` restricts them to a subclass, `targets` to those
+    whose whole qualified name matches this regular expression. A layer that has several
+    names gets one wrapper under all of them. A layer that is wrapped already is left
+    alone: a second call changes nothing, not even the rank, and returns []. A layer
+    whose weight another module uses, such as a tied head, is left alone with a warning.
+
+    Parameters outside of the wrapped layers keep their `requires_grad`: call
+    `freeze_all(module)` first to train the adapters alone. Raises ValueError if
+    `module` is itself a layer or no layer is left, TypeError that names the layer if
+    one is no base, and whatever `LoRALinear` raises; then nothing has changed.
+    """
+    checks.check_settings(rank, alpha)
+    kinds = checks.kinds_of_base(target_class)
+    found = find(module, (LoRALinear, kinds))
+    layers = {n: m.base if isinstance(m, LoRALinear) else m for n, m in found.items()}
+    wrappers = {layers[n]: m for n, m in found.items() if m is not layers[n]}
+    chosen = checks.choose(module, found, layers, kinds, targets)
+    new = [layer for layer in dict.fromkeys(chosen.values()) if layer not in wrappers]
+    wrappers |= {layer: LoRALinear(layer, rank, alpha) for layer in new}
+    for name, layer in chosen.items():
+        module.set_submodule(name, wrappers[layer])
     return [wrappers[layer] for layer in new]
 
 
 def merge_lora(module):
     """Fold adapters into weights: a LoRALinear becomes an `nn.Linear`, a model plain.
 
-    Given a LoRALinear, returns a copy of its base with weight W + (alpha / rank) B A,
-    in the base's dtype; the wrapper and its base stay as they are. Given any other
-    module, replaces each wrapper inside it by such a copy, in place, and returns the
+    Given a LoRALinear, returns `merged()`, a new layer. Given any other module,
+    replaces each wrapper inside it by its merged layer, in place, and returns the
     module: layer types, `state_dict` keys and parameter count are the base model's
-    again. Merged layers are frozen. Raises ValueError, before any change, if another
-    part of `module` uses a wrapper's base, its weight or its bias too. It cannot see
-    what lies outside `module`: pass the whole model.
+    again, where the bases were `nn.Linear`. Raises ValueError, before any change, if
+    another part of `module` uses a wrapper's base, its weight or its bias too. It
+    cannot see what lies outside `module`: pass the whole model.
     """
     if isinstance(module, LoRALinear):
-        merged = copy.deepcopy(module.base)
-        merged.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
-        return merged
+        return module.merged()
     wrappers = find(module, LoRALinear)
-    uses = Counter()
-    for m in module.modules():
-        uses.update([*m.children(), *m.parameters(recurse=False)])
-    for name, layer in wrappers.items():
-        if max(uses[part] for part in (layer.base, *layer.base.parameters())) > 1:
-            raise ValueError(f"cannot merge {name}: another module shares its base")
-    merged = {layer: merge_lora(layer) for layer in dict.fromkeys(wrappers.values())}
-    for name, layer in wrappers.items():
-        module.set_submodule(name, merged[layer])
+    checks.check_unshared(module, wrappers)
+    merged = {w: w.merged() for w in dict.fromkeys(wrappers.values())}
+    for name, w in wrappers.items():
+        module.set_submodule(name, merged[w])
     return module

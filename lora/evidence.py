@@ -47,7 +47,10 @@ def smallest_margin(differences, alpha=0.05):
 
     `differences` are paired, (n,). It is the end farther from zero of their (1 - 2
     alpha) interval (Schuirmann 1987, doi:10.1007/BF01068419): equivalence within any
-    larger margin is accepted, within any smaller one it is not.
+    larger margin is accepted, within any smaller one it is not. Raises ValueError
+    unless 0 < alpha < 0.5, and whatever `interval` raises.
     """
+    if not 0 < alpha < 0.5:
+        raise ValueError(f"alpha must lie strictly between 0 and 0.5, got {alpha!r}")
     _, low, high = interval(differences, 1 - 2 * alpha)
     return max(-low, high)

@@ -23,10 +23,13 @@ def two_moons(n=1000, noise=0.15, degrees=0.0, seed=0, dtype=torch.float64):
     scikit-learn's `make_moons` with Gaussian noise of standard deviation `noise`, then
     rotated by `degrees` counter-clockwise about the origin, without centering. The same
     seed gives the same points at every angle, up to the rotation. Raises ValueError for
-    n < 2, a negative or non-finite noise, a non-finite angle, a negative seed.
+    n < 2, a negative or non-finite noise, a non-finite angle, a negative seed, a dtype
+    that is not a floating-point one.
     """
     from sklearn.datasets import make_moons
 
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     check_number("n", n, least=2, kind=Integral)
     check_number("seed", seed, least=0, kind=Integral)
     check_number("noise", noise, least=0)

@@ -4,7 +4,7 @@ Model i is trained on its own x[i] (n, d) and y[i] (n,), as if it were alone. Ch
 of the book builds this file; the other chapters use it.
 """
 
-from functools import partial
+import copy
 from numbers import Integral
 
 import torch
@@ -14,30 +14,57 @@ from torch.func import functional_call, stack_module_state, vmap
 from lora.checks import check_number
 
 
+def difference(first, second):
+    """What sets two models apart, the values of tensors left aside; "" if nothing."""
+    modules = [dict(m.named_modules(remove_duplicate=False)) for m in (first, second)]
+    if modules[0].keys() != modules[1].keys():
+        return "layers"
+    for name, one in modules[0].items():
+        other = modules[1][name]
+        if type(one) is not type(other):
+            return f"the type of {name or 'the model'}"
+        # A hook, an activation function, a scale: whatever is no tensor of the state.
+        for key in sorted(vars(one).keys() | vars(other).keys()):
+            if key not in ("_parameters", "_buffers", "_modules"):
+                a, b = (vars(m).get(key, modules) for m in (one, other))
+                try:
+                    equal = a is b or bool(a == b)
+                except (RuntimeError, ValueError):  # tensors have no single answer
+                    equal = False
+                if not equal:
+                    return f"{name}.{key}".strip(".")
+    for kind in ("parameters", "buffers"):
+        a, b = (
+            [(k, t.shape, t.dtype, t.requires_grad) for k, t in named]
+            for named in (getattr(m, f"named_{kind}")() for m in (first, second))
+        )
+        if a != b:
+            return kind
+    return ""
+
+
 def check_stack(models, x, y):
-    """Raise ValueError unless model i can be given x[i] (n, d) and y[i] (n,)."""
+    """Return `models` as a list if model i can be given x[i] (n, d) and y[i] (n,).
+
+    One network's code is run with the tensors of all. So the models may differ in
+    nothing but the values of parameters and buffers, may share nothing that is trained,
+    and must compute logits (n, classes) without random draws and without a change of a
+    buffer. x is finite and in the models' dtype, y is int64 and in 0 .. classes - 1.
+    Raises ValueError otherwise.
+    """
     models = list(models)
     if not models:
         raise ValueError("models must hold at least one model, got none")
-
-    def layout(model):
-        """What has to be the same in all models: all but the values of tensors."""
-        settings = [
-            (type(m), [v for v in vars(m).values() if isinstance(v, (int, float, str))])
-            for m in model.modules()
-        ]
-        parameters = model.named_parameters()
-        return settings, [(k, p.shape, p.dtype, p.requires_grad) for k, p in parameters]
-
     if len({id(m) for m in models}) < len(models):
         raise ValueError("models holds one model twice: use copy.deepcopy")
     for i, model in enumerate(models):
-        if layout(model) != layout(models[0]):
-            raise ValueError(
-                f"models[{i}] and models[0] differ in layers, settings or parameters"
-            )
+        if what := difference(models[0], model):
+            raise ValueError(f"models[{i}] and models[0] differ in {what}")
+    trained = [id(p) for m in models for p in m.parameters() if p.requires_grad]
+    if len(set(trained)) < len(trained):
+        raise ValueError("two models share a trained parameter: use copy.deepcopy")
     n = y.shape[-1] if y.dim() else 0
-    if n == 0 or not x.shape[:-1] == y.shape == (len(models), n):
+    if n == 0 or not x.dim() == 3 or not x.shape[:-1] == y.shape == (len(models), n):
         raise ValueError(
             f"for {len(models)} models, x must be ({len(models)}, n, d) "
             f"and y ({len(models)}, n) with n >= 1, "
@@ -48,6 +75,25 @@ def check_stack(models, x, y):
         raise ValueError(
             f"x must have the models' dtype and y int64, got x {x.dtype}, y {y.dtype} "
             f"and models in {', '.join(sorted(map(str, kinds)))}"
+        )
+    if not x.isfinite().all():
+        raise ValueError("x must be finite, got NaN or infinity")
+    probe = copy.deepcopy(models[0])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = torch.get_rng_state()
+        logits = probe(x[0, :2])
+        random = not torch.equal(before, torch.get_rng_state())
+    if random:
+        raise ValueError("a model draws random numbers (dropout?): call eval() first")
+    if any(not torch.equal(a, b) for a, b in zip(probe.buffers(), models[0].buffers())):
+        raise ValueError("a model updates a buffer (batch norm?): it would be lost")
+    if logits.dim() != 2 or len(logits) != len(x[0, :2]):
+        shapes = f"{tuple(x[0, :2].shape)} -> {tuple(logits.shape)}"
+        raise ValueError(f"a model must map (n, d) to (n, classes), got {shapes}")
+    low, high = y.min().item(), y.max().item()
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(
+            f"y must lie in 0 .. {logits.shape[1] - 1}, got {low} .. {high}"
         )
     return models
 
@@ -73,21 +119,26 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
     check_number("batch_size", batch_size, least=1, kind=Integral)
     check_number("seed", seed, least=0, kind=Integral)
     check_number("lr", lr, least=0)
-    if any(getattr(m, "running_mean", None) is not None for m in models[0].modules()):
-        raise ValueError("batch norm is not supported: its running mean would be lost")
     params, buffers = stack_module_state(models)  # all gain a first dimension of size S
-    for name, p in params.items():
-        if p.dim() == 3:  # laid out as backward() lays out a gradient: spares a copy
-            params[name] = p.detach().mT.contiguous().mT.requires_grad_(p.requires_grad)
-    trainable = {name: p for name, p in params.items() if p.requires_grad}
+    # A weight's gradient (S, d_out, d_in) comes laid out as (S, d_in, d_out): with the
+    # weight kept in that layout, neither backward() nor the optimizer has to copy.
+    leaves = {k: (p.mT if p.dim() == 3 else p).detach() for k, p in params.items()}
+    leaves = {k: p.contiguous() for k, p in leaves.items()}
+    trainable = [
+        leaves[k].requires_grad_() for k, p in params.items() if p.requires_grad
+    ]
     if not trainable:
         raise ValueError("no parameter requires a gradient: nothing to train")
     network = vmap(lambda state, x: functional_call(models[0], state, (x,)))
-    forward = partial(network, (params, buffers))
-    # fused: one pass over memory. It needs gradients laid out as their parameters are,
-    # which backward() ensures; handed those of torch.autograd.grad, it updates the
-    # wrong entries.
-    optimizer = torch.optim.AdamW(trainable.values(), lr=lr, fused=True)
+
+    def weights():
+        return {k: p.mT if p.dim() == 3 else p for k, p in leaves.items()}
+
+    def forward(x):
+        return network((weights(), buffers), x)
+
+    # fused: one pass over memory for all that AdamW reads and writes.
+    optimizer = torch.optim.AdamW(trainable, lr=lr, fused=True)
     order = torch.Generator().manual_seed(seed)
     losses = x.new_zeros(len(models), epochs)
     for epoch in range(epochs):
@@ -104,10 +155,10 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
         if after_epoch is not None:
             after_epoch(epoch + 1, torch.no_grad()(forward))
     with torch.no_grad():
-        for i, model in enumerate(models):
-            for name, p in model.named_parameters():
-                if name in trainable:
-                    p.copy_(trainable[name][i])
+        for name, stacked in weights().items():
+            if params[name].requires_grad:
+                for model, values in zip(models, stacked):
+                    model.get_parameter(name).copy_(values)
     return losses
 
 

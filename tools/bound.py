@@ -22,7 +22,8 @@ import re
 from register import BOOK, ROOT, pages
 
 KEY = r"<!-- (?P<key>[^\n]*?) -->"
-BOUND = re.compile(r"(?P<shown>[+−]?\w(?:[\w.,-]*\w)?%?)?" + KEY)
+TOKEN = r"[+−]?\w(?:[\w.,-]*\w)?%?(?: \[[+−][\d.]+, [+−][\d.]+\])?"  # or an interval
+BOUND = re.compile(f"(?P<shown>{TOKEN})?" + KEY)
 ELSEWHERE = re.compile(r"(\d\d-[\w-]+): (.*)")
 LITERATURE = re.compile(r"([a-z]+\d{4}[a-z]*): (.*)")
 GENERATED = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
@@ -32,7 +33,8 @@ NUMBER = re.compile(
     r"(?![\w^])"
 )
 COUNTING = 12  # "three seeds, 12 entries": counted, not measured
-NAMES = r"\b(Exercises?|Chapters?|Sections?|Table|Python) [\d.]+|\b95% (confidence )?i"
+NAMES = r"^\d+\. |\b(Exercises?|Chapters?|Sections?|Part|Python|CC BY) [\d.]+"
+NAMES += r"|\b95% (confidence )?i"
 CODE = r"```.*?```|(?<!`)`[^`\n]+`(?!`)"
 UNREAD = CODE + r"|\]\([^)]*\)|</?\w[^>]*>|\bhttps?://\S+|^---\n.*?\n---\n"
 # Calls that compute nothing of their own: what they are given must be computed.
@@ -139,9 +141,8 @@ def sources_of_literature():
     found = {}
     for block in re.split(r"\n(?=- |\n)", (BOOK / "references.md").read_text()):
         for key in keys(block):
-            found[key.partition(":")[0]] = re.search(r"\]\((https?://[^)]+)\)", block)[
-                1
-            ]
+            link = re.search(r"\]\(([^)]+)\)", block)[1]
+            found[key.partition(":")[0]] = link
     return found
 
 
@@ -238,7 +239,9 @@ def faults_of_text(text, values):
         elif values[key] != shown:
             yield f"{shown!r} is said, {values[key]!r} is the value of <!-- {key} -->"
     bare = re.sub(UNREAD, " ", BOUND.sub("", prose), flags=re.DOTALL | re.MULTILINE)
-    bare = re.sub(r"(?<=\d)(\{,\}|\\,)(?=\d{3})", ",", re.sub(NAMES, "", bare))
+    bare = re.sub(
+        r"(?<=\d)(\{,\}|\\,)(?=\d{3})", ",", re.sub(NAMES, "", bare, flags=re.M)
+    )
     for match in NUMBER.finditer(bare):
         plain = match["digits"]
         counted = plain.isdigit() and not match["unit"]
@@ -264,9 +267,10 @@ def faults(notebook, values):
         for what, text in texts(cell).items():
             for fault in faults_of_text(text, values | cell.metadata.get("bound", {})):
                 yield f"cell {i}, {what}: {fault}"
-            for span in re.findall(r"`[^`\n]*(?:\b\d\d|\d\.\d)[^`\n]*`", text):
-                if "".join(span[1:-1].split()) not in code:
-                    yield f"cell {i}, {what}: {span} stands in no code cell"
+            for span in re.findall(r"`([^`\n]+)`", text):
+                number = re.search(r"\b\d\d|\d\.\d", span)
+                if number and "".join(span.split()) not in code:
+                    yield f"cell {i}, {what}: `{span}` stands in no code cell"
             for block in re.split(r"\n\s*\n", text):
                 for key in filter(LITERATURE.match, keys(block)):
                     if links.get(key.partition(":")[0], "") not in block:

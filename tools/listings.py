@@ -34,6 +34,11 @@ def listing_cells(notebook):
             yield i, cell, names
 
 
+def title(cell):
+    """The label of a folded listing, such as guards: its first line, or nothing."""
+    return re.match(r"(# @title .*\n)?", cell.source)[0]
+
+
 def sync(notebook, modules):
     """Put the package's definitions into the notebook's listing cells, in place."""
     known = {name: text for module in modules.values() for name, text in module.items()}
@@ -43,7 +48,7 @@ def sync(notebook, modules):
             raise ValueError(
                 f"listing cell {i} defines {names}, not in the package: {missing}"
             )
-        cell.source = "\n\n\n".join(known[name] for name in names)
+        cell.source = title(cell) + "\n\n\n".join(known[name] for name in names)
 
 
 def drift(notebook, modules, owned):
@@ -55,7 +60,8 @@ def drift(notebook, modules, owned):
     listed = []
     for i, cell, names in listing_cells(notebook):
         listed += names
-        if cell.source != "\n\n\n".join(known.get(name, "") for name in names):
+        code = "\n\n\n".join(known.get(name, "") for name in names)
+        if cell.source != title(cell) + code:
             yield (
                 f"cell {i}: the listing of {', '.join(names) or 'nothing'} differs "
                 "from the package. Edit lora/, then call `make sync`"

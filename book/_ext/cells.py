@@ -13,6 +13,7 @@ COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 TITLE = re.compile(r"# @title (.*)\n*")
 ANCHOR = re.compile(r'<a id="(eq-[\w-]+)"></a>')
 DATAFRAME = re.compile(r'<table border="1" class="dataframe">.*</table>', re.DOTALL)
+CAPTION_NUMBER = re.compile('<span class="caption-number">[^<]*</span>')
 FRAME = '<div class="table-frame" role="region" tabindex="0" aria-label="{}">'
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class Cells(SphinxTransform):
                 captions = figure.findall(nodes.caption)
                 name = next((caption.astext() for caption in captions), name)
             text = table[0].replace(' border="1"', "")
+            text = text.replace("<th></th>", "<td></td>")  # it heads nothing
             text = FRAME.format(html.escape(name)) + text + "</div>"
             raw.replace_self(nodes.raw("", text, format="html"))
 
@@ -127,11 +129,12 @@ def depart_table(self, node):
     self.depart_figure(node)
 
 
-def frame_written_tables(app, pagename, templatename, context, doctree):
-    """Tables written in Markdown scroll as DataFrames do."""
-    parts = context.get("body", "").split(
-        '<div class="pst-scrollable-table-container">'
-    )
+def finish_body(app, pagename, templatename, context, doctree):
+    """Tables written in Markdown scroll as DataFrames do; only chapters count."""
+    body = context.get("body", "")
+    if not app.env.toc_secnumbers.get(pagename):
+        body = CAPTION_NUMBER.sub("", body)
+    parts = body.split('<div class="pst-scrollable-table-container">')
     for i in range(1, len(parts)):
         parts[i] = FRAME.format(f"Unnumbered table {i}") + parts[i]
     context["body"] = "".join(parts)
@@ -141,5 +144,5 @@ def setup(app):
     app.add_transform(Cells)
     app.add_enumerable_node(TableFigure, "table", html=(visit_table, depart_table))
     app.add_node(HideCodeCellNode, override=True, html=(visit_fold, depart_fold))
-    app.connect("html-page-context", frame_written_tables)
+    app.connect("html-page-context", finish_body)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

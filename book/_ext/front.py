@@ -171,7 +171,7 @@ def directive(write):
 
 def footer(app, pagename, templatename, context, doctree):
     """Who, under what terms, and when it ran, at the foot of every page."""
-    at = context["pathto"](LANDING)
+    at = "" if pagename == LANDING else context["pathto"](LANDING)
     parts = [
         f'<a href="{at}#who-and-under-what-terms">Licence: CC BY 4.0, code MIT</a>',
         f'<a href="{at}#who-and-under-what-terms">How to cite</a>',

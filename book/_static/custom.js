@@ -11,6 +11,9 @@ addEventListener("afterprint", () => {
   for (const details of folded) details.open = false;
 });
 
+// The theme makes what scrolls focusable when the window changes; so when a fold opens.
+document.addEventListener("toggle", () => dispatchEvent(new Event("resize")), true);
+
 // What the theme's HTML lacks for screen readers: the side bar is a landmark, and a
 // list has list items.
 document.getElementById("pst-primary-sidebar")?.setAttribute("role", "navigation");

@@ -49,6 +49,7 @@ def test_each_figure_of_the_literature_is_used_once_defined_and_in_the_bibliogra
         for text in texts(cell).values()
         for key in keys(text)
     }
+    used |= set(keys(outside()[BOOK / "claims.md"]))
     assert set(defined) <= used, "quoted, but bound to nowhere"
 
 
@@ -125,6 +126,9 @@ def test_expressions():
     assert expression("x[1:3]") == "str(x[1:3])"
     assert expression('x["a"].mean():.2f') == """format(x["a"].mean(), '.2f')"""
     assert write("0<!-- x -->%, 1<!-- y -->", {"x": "4"}) == "4<!-- x -->%, 1<!-- y -->"
+    assert write("<!-- chapters -->\n", {}) == "<!-- chapters -->\n"
+    interval = "+1.00 [−0.10, +2.10]"
+    assert write("−1.00 [+0.00, +0.00]<!-- v -->", {"v": interval}).startswith(interval)
 
 
 @pytest.mark.parametrize(

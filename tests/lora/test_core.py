@@ -4,10 +4,13 @@ import copy
 import importlib.util
 import io
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +28,7 @@ from lora import (
     inject_lora,
     merge_lora,
 )
+from lora.core import find
 
 
 def awake(wrapper, seed=0):
@@ -181,19 +185,19 @@ def test_saves_no_full_matrix_for_backward(needs_input_gradient):
     assert max(new) < 64 * 64
 
 
-def test_scale_multiplies_the_small_product():
+def test_the_scale_and_the_sum_cost_no_pass_over_the_output():
     layer, sizes = LoRALinear(nn.Linear(64, 64), rank=2), []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if func.overloadpacket is torch.ops.aten.mul:
+            if func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.add):
                 sizes.append(out.numel())
             return out
 
     with Watch():
-        layer(torch.randn(10, 64))
-    assert sizes == [10 * 2]
+        layer(torch.randn(10, 64)).sum().backward()
+    assert max(sizes) < 10 * 64  # only the gradients of the thin factors are scaled
 
 
 # --- Shapes, dtypes, devices ---
@@ -218,7 +222,8 @@ def test_any_shape_rank_and_dtype(lead, d_in, d_out, rank, alpha, bias, dtype):
     awake(layer)
     y = layer(x)
     assert y.shape == (*lead, d_out) and y.dtype == dtype
-    assert {p.dtype for p in layer.parameters()} == {dtype}
+    assert {p.dtype for p in layer.base.parameters()} == {dtype}
+    assert layer.A.dtype == layer.B.dtype == torch.promote_types(dtype, torch.float32)
     # The closed form, in float64 and in one product.
     wide = copy.deepcopy(layer).double()
     expected = nn.functional.linear(
@@ -229,11 +234,48 @@ def test_any_shape_rank_and_dtype(lead, d_in, d_out, rank, alpha, bias, dtype):
     assert torch.allclose(y.double(), expected, rtol=0, atol=float(unit * size))
 
 
-def test_bfloat16_trains():
-    model = mlp(torch.bfloat16)
-    layers = inject_lora(model)
-    model(torch.randn(4, 5, dtype=torch.bfloat16)).sum().backward()
-    assert all(layer.B.grad.dtype == torch.bfloat16 for layer in layers)
+def planted(dtype, adapter_dtype, rate=1e-3, steps=1000):
+    """Relative error after LoRA has been trained on a planted update of rank 4."""
+    generator = torch.Generator().manual_seed(0)
+    W, x = (torch.randn(64, 64, generator=generator) / 8 for _ in range(2))
+    P, Q = (torch.randn(64, 4, generator=generator) for _ in range(2))
+    x, D = 8 * x, P @ Q.T / 64
+    base = nn.Linear(64, 64, bias=False, dtype=dtype)
+    base.weight.data = W.to(dtype)
+    torch.manual_seed(0)
+    layer = LoRALinear(base, 4)
+    if adapter_dtype:
+        layer.A.data, layer.B.data = (t.to(adapter_dtype) for t in (layer.A, layer.B))
+    optimizer = torch.optim.AdamW([layer.A, layer.B], lr=rate, weight_decay=0)
+    for _ in range(steps):
+        error = layer(x.to(dtype)).float() - x @ (base.weight.float() + D).T
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        optimizer.step()
+    return (error.norm() / (x @ D.T).norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_learns_as_a_float32_base_does(dtype):
+    full = planted(torch.float32, None)
+    assert planted(dtype, None) < full + 0.01
+    # The trap: adapters in half precision. In float16 they even end as NaN.
+    assert not planted(dtype, dtype) < 3 * full
+
+
+def test_equals_peft_on_a_bfloat16_base():
+    torch.manual_seed(1)
+    base = nn.Linear(6, 5, dtype=torch.bfloat16)
+    ours = awake(LoRALinear(copy.deepcopy(base), 4, 8))
+    config = LoraConfig(r=4, lora_alpha=8)
+    theirs = PeftLinear(copy.deepcopy(base), "a", config, r=4, lora_alpha=8)
+    # PEFT's get_peft_model does so by default (autocast_adapter_dtype)
+    theirs.lora_A.float(), theirs.lora_B.float()
+    theirs.lora_A["a"].weight.data = ours.A.data.clone()
+    theirs.lora_B["a"].weight.data = ours.B.data.clone()
+    x = torch.randn(30, 6, dtype=torch.bfloat16)
+    unit = torch.finfo(torch.bfloat16).eps
+    assert torch.allclose(ours(x), theirs(x), rtol=unit, atol=unit)
 
 
 def test_meta_base():
@@ -247,13 +289,185 @@ def test_meta_base():
     assert count_total(model) == 2 * (4096 * 4096 + 4096)
 
 
+def test_reset_parameters_after_to_empty():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(500, 3))
+    (layer,) = inject_lora(model)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        layer.A.fill_(torch.nan), layer.B.fill_(torch.nan)
+    layer.reset_parameters()
+    assert layer.A.std().item() == pytest.approx(1 / 4, rel=0.1)
+    assert not layer.B.any() and layer.A.requires_grad and layer.B.requires_grad
+    torch.manual_seed(5)
+    layer.reset_parameters()
+    A = layer.A.detach().clone()
+    torch.manual_seed(5)
+    assert torch.equal(
+        LoRALinear(nn.Linear(500, 3, device="meta").to_empty(device="cpu")).A, A
+    )
+
+
 def test_autocast():
     layer = awake(LoRALinear(nn.Linear(4, 3)))
+    x = torch.randn(2, 5, 4)
+    y = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(2, 4)).dtype == torch.bfloat16
+        low = layer(x)
+    assert low.dtype == torch.bfloat16
+    assert torch.allclose(low.float(), y, rtol=0.03, atol=0.1)
 
 
-# --- Injection, merging: whole models ---
+def test_merging_under_autocast_is_that_without():
+    model = mlp(torch.float32)
+    awake(inject_lora(model)[0])
+    expected = merge_lora(copy.deepcopy(model)).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        one = model[0].merged()
+        merge_lora(model)
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, expected[name])
+    assert torch.equal(one.weight, expected["0.weight"])
+
+
+# --- Freezing ---
+
+
+@pytest.mark.parametrize("freeze", [freeze_all, inject_lora])
+def test_a_frozen_weight_does_not_move_by_an_old_gradient(freeze):
+    model = mlp()
+    model(torch.randn(4, 5, dtype=torch.float64)).sum().backward()
+    before = [p.clone() for p in model.parameters()]
+    parameters = list(model.parameters())
+    freeze(model)
+    assert all(p.grad is None and not p.requires_grad for p in parameters)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+    assert not any(optimizer.state.get(p) for p in parameters)
+
+
+# --- What is a base ---
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Parent(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.inner = nn.Linear(4, 4)
+
+
+def hooked(register):
+    layer = nn.Linear(4, 4)
+    getattr(layer, register)(lambda module, *args: None)
+    return layer
+
+
+def replaced():
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+NO_BASE = {
+    "own forward": (lambda: Masked(4, 4), "got Masked, which has a forward of its own"),
+    "hook": (lambda: hooked("register_forward_hook"), "forward hook or pre-hook"),
+    "pre-hook": (lambda: hooked("register_forward_pre_hook"), "hook or pre-hook"),
+    "replaced": (replaced, "its forward was replaced"),
+    "child": (lambda: Parent(4, 4), r"it has submodules: \['inner'\]"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NO_BASE.values(), ids=NO_BASE)
+def test_what_is_no_plain_linear_call_is_refused_by_name(make, message):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"odd": make()}))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"^1\.odd must be a plain .*" + message):
+        inject_lora(model)
+    assert_unchanged(model, before)
+    with pytest.raises(TypeError, match=r"^base must be a plain .*" + message):
+        LoRALinear(make())
+    assert len(inject_lora(model, targets="0")) == 1  # the rest can be adapted
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_base_that_got_a_hook_later_is_not_merged(single):
+    model = mlp()
+    layer = inject_lora(model)[1]
+    layer.base.register_forward_hook(lambda module, args, y: 2 * y)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="base must" if single else "^2 must"):
+        merge_lora(layer if single else model)
+    assert_unchanged(model, before)
+
+
+class Packed(nn.Module):
+    """No nn.Linear: keeps twice the transposed weight, and opts in."""
+
+    def __init__(self, d_in, d_out, bias=True, dtype=torch.float64):
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.register_buffer("codes", 2 * torch.randn(d_in, d_out, dtype=dtype))
+        self.register_buffer("bias", torch.randn(d_out, dtype=dtype) if bias else None)
+        self.inner = nn.Linear(2, 2)  # an affair of its own
+
+    def dense_weight(self):
+        return self.codes.T / 2
+
+    def forward(self, x):
+        y = x @ self.codes / 2
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_class_that_opts_in_is_a_base(dtype, bias, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(Packed(5, 3, bias, dtype), nn.Tanh(), nn.Linear(3, 3))
+    model.to(dtype).train(training)
+    x = torch.randn(4, 5, dtype=dtype)
+    layer, _ = inject_lora(model, rank=2)
+    assert type(layer.base) is Packed and type(layer.base.inner) is nn.Linear
+    assert layer.A.dtype == torch.promote_types(dtype, torch.float32)
+    awake(layer)
+    y = layer(x)
+    merged = merge_lora(model)[0]
+    assert type(merged) is nn.Linear and merged.weight.dtype == dtype
+    assert merged.training is training
+    assert not any(p.requires_grad for p in merged.parameters())
+    assert torch.allclose(merged(x), y, atol=1e-12 if dtype == torch.float64 else 0.1)
+    wide = copy.deepcopy(layer).double()
+    exact = wide.base.dense_weight() + 4 * wide.B @ wide.A
+    assert torch.equal(merged.weight, exact.to(dtype)) or dtype == torch.float64
+
+
+def test_a_wrong_dense_weight_is_refused():
+    layer = Packed(5, 3)
+    layer.out_features = 4
+    with pytest.raises(TypeError, match=r"shape \(4, 5\) in one of .*, got \(3, 5\)"):
+        inject_lora(nn.Sequential(layer))
+
+
+def test_a_root_that_opts_in_is_refused():
+    with pytest.raises(ValueError, match="cannot replace the root Packed"):
+        inject_lora(Packed(5, 3))
+
+
+def test_the_plain_subclass_of_attention_is_a_base_and_keeps_its_class():
+    model = attention()
+    kind = type(model.out_proj)
+    assert kind is not nn.Linear
+    with pytest.warns(UserWarning, match="left as they are: 1 MultiheadAttention"):
+        (layer,) = inject_lora(model)
+    assert type(merge_lora(awake(layer))) is kind
+
+
+# --- Injection ---
 
 
 class Plain(nn.Module):
@@ -339,7 +553,9 @@ def test_injecting_twice_leaves_one_layer_of_wrappers():
 def test_a_second_injection_with_bad_settings_is_refused():
     model = mlp()
     inject_lora(model)
-    with pytest.raises(ValueError, match="rank must be a positive integer, got 0"):
+    with pytest.raises(
+        ValueError, match="rank must be an integer of at least 1, got 0"
+    ):
         inject_lora(model, rank=0)
 
 
@@ -427,6 +643,79 @@ def test_modules_that_read_weights_themselves(make, adapted, training, no_grad):
         assert all(layer.A.grad.any() and layer.B.grad.any() for layer in layers)
 
 
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (r".*\.(q|v)", ["0.q", "0.v", "1.q", "1.v"]),
+        (r"1\..*", ["1.q", "1.k", "1.v"]),
+        ("0.q", ["0.q"]),
+        (re.compile("0.Q", re.IGNORECASE), ["0.q"]),
+        ("", None),
+        ("q", None),  # part of a name is not enough
+        (r"0\.", None),
+    ],
+)
+def test_targets_match_whole_names(targets, names):
+    blocks = [nn.ModuleDict({n: nn.Linear(2, 2) for n in "qkv"}) for _ in range(2)]
+    model = nn.Sequential(*blocks)
+    if names is None:
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"Layers: \*\.q, \*\.k, \*\.v; tied"):
+            inject_lora(model, targets=targets)
+        assert_unchanged(model, before)
+    else:
+        layers = inject_lora(model, targets=targets)
+        assert list(find(model, LoRALinear)) == names
+        assert [model.get_submodule(n) for n in names] == layers
+        assert inject_lora(model, targets=targets) == []
+
+
+def test_a_target_gets_its_wrapper_under_all_its_names():
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})
+    assert inject_lora(model, targets="b") == [model["a"]] == [model["b"]]
+    assert type(model["c"]) is nn.Linear
+
+
+def test_a_tied_layer_is_left_alone_with_a_warning():
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
+    model["head"].weight = model["embed"].weight
+    before = snapshot(model)
+    for targets in (None, "head"):
+        message = "no layer .*Layers: head; tied to another module: head"
+        with pytest.raises(ValueError, match=message):
+            inject_lora(model, targets=targets)
+        assert_unchanged(model, before)
+    model["body"] = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="^head is left as it is: another module uses"):
+        assert inject_lora(model) == [model["body"]]
+    assert model["head"].weight is model["embed"].weight
+    assert model["head"].weight.requires_grad
+    merge_lora(model)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"targets": ".*"}])
+def test_what_is_no_layer_is_said_unless_targets_are_given(arguments):
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inject_lora(model, **arguments)
+    expected = ["only linear layers are adapted, left as they are: 1 Conv1d"]
+    assert [str(w.message) for w in caught] == ([] if arguments else expected)
+    assert all(w.filename == __file__ for w in caught)
+
+
+def test_an_ordinary_injection_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = mlp()
+        inject_lora(model)
+        inject_lora(model)
+
+
+# --- Merging ---
+
+
 def test_merging_one_layer_leaves_the_wrapper_alone():
     layer = awake(LoRALinear(nn.Linear(4, 3, dtype=torch.float64)))
     x = torch.randn(2, 4, dtype=torch.float64)
@@ -445,6 +734,15 @@ def test_merging_rounds_once_in_bfloat16():
     assert (error <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-4).all()
 
 
+def test_merging_is_in_float32_even_if_the_adapters_are_not():
+    layer = awake(LoRALinear(nn.Linear(64, 64)))
+    layer.to(torch.bfloat16)
+    wide = copy.deepcopy(layer).double()
+    exact = wide.base.weight + wide.scale * (wide.B @ wide.A)
+    error = (layer.merged().weight.double() - exact).abs()
+    assert (error <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-4).all()
+
+
 def test_merging_a_model_without_wrappers_changes_nothing():
     model = mlp()
     before = snapshot(model)
@@ -455,15 +753,15 @@ def test_merging_a_model_without_wrappers_changes_nothing():
 @pytest.mark.parametrize("case", ["tied", "tied bias", "two wrappers", "bare use"])
 def test_merging_a_shared_weight_is_refused(case):
     head, other = nn.Linear(4, 9), nn.Linear(4, 4)
-    if case == "tied":
-        partner = nn.Embedding(9, 4)
-        head.weight = partner.weight
-    elif case == "tied bias":
+    if case == "tied bias":
         partner = nn.LayerNorm(9)
         head.bias = partner.bias
     model = nn.ModuleDict({"other": other, "head": head})
     inject_lora(model)
-    if case == "two wrappers":
+    if case == "tied":  # after the injection, which would have left it alone
+        partner = nn.Embedding(9, 4)
+        partner.weight = head.weight
+    elif case == "two wrappers":
         partner = LoRALinear(head)
     elif case == "bare use":
         partner = head
@@ -474,13 +772,133 @@ def test_merging_a_shared_weight_is_refused(case):
     assert_unchanged(model, before)
 
 
+# --- Real models, small and random ---
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 50,
+}
+LLAMA = SMALL | {"num_key_value_heads": 1}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+WHISPER = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2}
+WHISPER |= {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+WHISPER |= {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
+WHISPER |= {"vocab_size": 50, "num_mel_bins": 4, "pad_token_id": 0}
+WHISPER |= {"max_source_positions": 8, "decoder_start_token_id": 1}
+IDS = torch.arange(2, 12).view(2, 5)
+TEXT = {"input_ids": IDS}
+PAIR = {"input_ids": IDS, "decoder_input_ids": IDS}
+SPEECH = {"input_features": torch.ones(2, 4, 16), "decoder_input_ids": IDS}
+TIED = "is left as it is: another module uses its weight"
+LEFT = "only linear layers are adapted, left as they are: "
+
+REAL = {  # class, configuration, input, number of adapters, what is said
+    "BERT": ("BertForMaskedLM", SMALL, TEXT, 13, [f"cls.predictions.decoder {TIED}"]),
+    "Llama": ("LlamaForCausalLM", LLAMA, TEXT, 15, []),
+    "Llama, tied": (
+        "LlamaForCausalLM",
+        LLAMA | {"tie_word_embeddings": True},
+        TEXT,
+        14,
+        [f"lm_head {TIED}"],
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        T5 | {"vocab_size": 50},
+        PAIR,
+        32,
+        [f"lm_head {TIED}"],
+    ),
+    "ViT": (
+        "ViTForImageClassification",
+        SMALL | {"image_size": 8, "patch_size": 4},
+        {"pixel_values": torch.ones(2, 3, 8, 8)},
+        13,
+        [f"{LEFT}1 ViTEmbeddings, 1 Conv2d"],
+    ),
+    "Whisper": (
+        "WhisperForConditionalGeneration",
+        WHISPER,
+        SPEECH,
+        32,
+        [f"proj_out {TIED}", f"{LEFT}2 Conv1d"],
+    ),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        LLAMA | {"num_local_experts": 2},
+        TEXT,
+        9,
+        [f"{LEFT}2 MixtralTopKRouter, 2 MixtralExperts"],
+    ),
+}
+
+
+def real(kind, config):
+    import transformers
+
+    kind = getattr(transformers, kind)
+    torch.manual_seed(0)
+    return kind(kind.config_class(**config)).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "inputs", "adapted", "said"), REAL.values(), ids=REAL
+)
+def test_a_real_model_is_adapted_trained_and_merged(
+    kind, config, inputs, adapted, said
+):
+    model = real(kind, config)
+    keys = list(model.state_dict())
+    # Without gradients: torch.matmul takes another path where its input asks for one.
+    with torch.no_grad():
+        before = model(**inputs).logits
+    freeze_all(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layers = inject_lora(model)
+    assert [str(w.message) for w in caught if w.category is UserWarning] == said
+    assert len(layers) == adapted
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * adapted
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        assert all(layer.B.grad is not None for layer in layers)
+        optimizer.step()
+    after = model(**inputs).logits
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert list(merge_lora(model).state_dict()) == keys
+    assert torch.allclose(model(**inputs).logits, after, atol=1e-4)
+    model.tie_weights()
+    assert torch.allclose(model(**inputs).logits, after, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "there"),
+    [
+        ("GPT2LMHeadModel", "Layers: lm_head; tied to another module: lm_head; .*"),
+        ("GPT2Model", "Layers: none; tied to another module: none; .*"),
+    ],
+)
+def test_gpt2_has_no_linear_layers_and_is_told_so(kind, there):
+    model = real(kind, {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50})
+    with pytest.raises(ValueError, match=there + "with matrices: 8 Conv1D$"):
+        inject_lora(model)
+
+
 # --- Bad input ---
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"rank": 0}, ValueError, "rank must be a positive integer, got 0"),
+        ({"rank": 0}, ValueError, "rank must be an integer of at least 1, got 0"),
         ({"rank": -1}, ValueError, "got -1"),
         ({"rank": 2.0}, ValueError, "got 2.0"),
         ({"rank": "4"}, ValueError, "got '4'"),
@@ -493,16 +911,23 @@ def test_merging_a_shared_weight_is_refused(case):
         (
             {"base": nn.Linear(2, 2).to(torch.float8_e4m3fn)},
             TypeError,
-            "got Parameter in torch.float8_e4m3fn",
+            r"one of .*, got \(2, 2\) in torch.float8_e4m3fn",
         ),
         ({"alpha": "8"}, ValueError, "got '8'"),
-        ({"base": nn.Conv2d(1, 1, 1)}, TypeError, "must be an nn.Linear, got Conv2d"),
+        ({"alpha": True}, ValueError, "alpha must be a finite number, got True"),
+        ({"alpha": -float("inf")}, ValueError, "got -inf"),
+        ({"alpha": np.float32("inf")}, ValueError, "alpha must be .* got np.float32"),
+        (
+            {"base": nn.Conv2d(1, 1, 1)},
+            TypeError,
+            "base must be a plain nn.Linear or define dense_weight\\(\\), got Conv2d",
+        ),
         ({"base": LoRALinear(nn.Linear(2, 2))}, TypeError, "got LoRALinear"),
-        ({"base": nn.LazyLinear(2)}, TypeError, "got UninitializedParameter in"),
+        ({"base": nn.LazyLinear(2)}, TypeError, "it has a forward hook or pre-hook"),
         (
             {"base": nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))},
             TypeError,
-            r"one of .*float64\), got Tensor in torch.float32",
+            "its weight is no nn.Parameter: Tensor",
         ),
     ],
 )
@@ -517,7 +942,7 @@ def test_bad_settings_are_refused(arguments, error, message):
 def test_integer_weights_are_refused():
     base = nn.Linear(2, 2)
     base.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"got Parameter in torch\.int8"):
+    with pytest.raises(TypeError, match=r"got \(2, 2\) in torch\.int8"):
         LoRALinear(base)
 
 
@@ -528,8 +953,6 @@ def test_the_largest_alpha_is_accepted():
 
 
 def test_numbers_of_other_libraries_are_accepted():
-    import numpy as np
-
     layer = LoRALinear(nn.Linear(2, 2), np.int64(3), np.float32(6))
     assert layer.scale == 2.0 and type(layer.scale) is float
 
@@ -543,34 +966,36 @@ def test_numbers_of_other_libraries_are_accepted():
             ValueError,
             r"cannot replace the root Linear: use LoRALinear\(module\)",
         ),
-        (nn.Sequential(nn.Tanh()), {}, ValueError, "^no Linear found in Sequential$"),
         (
             nn.Sequential(nn.Tanh()),
-            {"target_class": (nn.Linear,)},
+            {},
             ValueError,
-            r"^no \(<class '.*Linear'>,\) found in Sequential$",
+            "^no layer to adapt in Sequential. Layers: none; tied .*: none; .*: none$",
         ),
         (
-            mlp(),
-            {"target_class": nn.Conv2d},
+            nn.Sequential(nn.Tanh(), nn.Conv1d(1, 1, 1)),
+            {"target_class": (nn.Linear,)},
             ValueError,
-            "^no Conv2d found in Sequential$",
+            "Layers: none; tied .*: none; other modules with matrices: 1 Conv1d$",
         ),
-        (mlp(), {"rank": 0}, ValueError, "rank must be a positive integer"),
+        (mlp(), {"target_class": nn.Conv2d}, ValueError, "Layers: none; .* 2 Linear$"),
+        (mlp(), {"targets": "3"}, ValueError, r"whose name is '3' to adapt .*: \*; "),
+        (mlp(), {"targets": ["0"]}, TypeError, r"regular expression, got \['0'\]"),
+        (mlp(), {"targets": "("}, ValueError, r"regular expression, got '\(': miss"),
+        (mlp(), {"rank": 0}, ValueError, "rank must be an integer of at least 1"),
         (mlp(), {"alpha": float("nan")}, ValueError, "alpha must be a finite number"),
         (
             nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1)),
             {"target_class": (nn.Linear, nn.Conv2d)},
             TypeError,
-            "got Conv2d",
+            "^1 must .*, got Conv2d",
         ),
         (
             nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)),
             {},
             TypeError,
-            "got UninitializedParameter in",
+            "^1 must .* it has a forward hook or pre-hook",
         ),
-        (mlp(), {"rank": 10**13}, RuntimeError, "not enough memory|allocate"),
     ],
 )
 def test_a_refused_injection_leaves_the_model_as_it_was(
@@ -641,6 +1066,7 @@ def backends():
     yield pytest.param("inductor", marks=pytest.mark.skipif(missing, reason=reason))
 
 
+@pytest.mark.unmutated  # torch.compile cannot trace the switch inside a mutant
 @pytest.mark.parametrize("backend", backends())
 def test_compiles_without_graph_breaks(backend):
     model = mlp()

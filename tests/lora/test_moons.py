@@ -11,6 +11,14 @@ from lora.moons import moons_batch, moons_mlp, pretrained, two_moons
 from lora.training import accuracy, train
 
 
+def states(models):
+    return [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
+
+
+def same(first, second):
+    return all(torch.equal(a[k], b[k]) for a, b in zip(first, second) for k in a)
+
+
 def test_two_moons_without_rotation_is_make_moons():
     x, y = two_moons(101, noise=0.3, seed=5)
     points, labels = make_moons(n_samples=101, noise=0.3, random_state=5)
@@ -118,6 +126,14 @@ def test_the_network_learns_the_moons():
             "degrees must be a finite number of at least -inf, got '45'",
         ),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        (
+            {"dtype": torch.int64},
+            "^dtype must be a floating-point torch.dtype, got torch.int64$",
+        ),
+        (
+            {"dtype": "float64"},
+            "^dtype must be a floating-point torch.dtype, got 'float64'$",
+        ),
     ],
 )
 def test_two_moons_refuses(arguments, message):

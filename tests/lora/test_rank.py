@@ -21,6 +21,7 @@ from lora.rank import (
     training_bytes,
     truncate,
 )
+from lora.training import train
 
 
 def matrix(*shape, seed=0, dtype=torch.float64):
@@ -74,12 +75,23 @@ def test_each_size_has_its_own_line():
 
 
 @pytest.mark.parametrize("name", ["trainable", "frozen", *BYTES])
-@pytest.mark.parametrize("value", [-1, math.inf, math.nan, "4", None, True])
+@pytest.mark.parametrize(
+    "value", [-1, math.inf, np.float32("inf"), np.float16("nan"), "4", None, True]
+)
 def test_training_bytes_refuses(name, value):
     with pytest.raises(
         ValueError, match=f"{name} must be a finite number of at least 0"
     ):
         training_bytes(**{"trainable": 1, name: value})
+
+
+def test_the_bill_of_numpys_small_integers_does_not_overflow():
+    bill = training_bytes(np.int32(700_000_000), frozen=np.uint8(200))
+    assert bill == training_bytes(700_000_000, frozen=200)
+    assert bill["AdamW m and v"] == 5_600_000_000
+    # float32 has 24 bits: 1e7 + 1 is exact in it, four times as much is not
+    assert training_bytes(np.float32(2**24 - 1))["weights"] == 4 * (2**24 - 1)
+    assert type(bill["weights"]) is int
 
 
 # The best approximation
@@ -134,6 +146,40 @@ def test_energy_of_known_singular_values(scale):
     assert kept[-1] == 1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "top"), [(torch.float32, 3e38), (torch.float64, 1e308)]
+)
+def test_the_largest_numbers_do_not_overflow(dtype, top):
+    """A norm of these would: 3e38 is finite in float32, 4 * 3e38 is not."""
+    full = torch.full((4, 4), top, dtype=dtype)
+    assert rank_for_energy(full).item() == 1
+    torch.testing.assert_close(energy(full), torch.ones(4, dtype=dtype))
+    torch.testing.assert_close(truncate(full, 1), full)
+    mixed = torch.stack([full, torch.eye(4, dtype=dtype)])  # each has its own scale
+    assert rank_for_energy(mixed).tolist() == [1, 4]
+    torch.testing.assert_close(truncate(mixed, 2)[0], full)
+    assert torch.equal(truncate(0 * mixed, 1), 0 * mixed)
+
+
+def test_gradients_of_truncate():
+    """Right at a gap between all singular values, NaN without: as documented."""
+    M = known([4, 2, 1], m=3, n=3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda M: truncate(M, 2), M)
+    for equal in (torch.eye(3), torch.diag(torch.tensor([1.0, 0.0, 0.0]))):
+        equal.requires_grad_()
+        truncate(equal, 1).sum().backward()
+        assert equal.grad.isnan().any()
+
+
+def test_of_several_best_approximations_truncate_gives_one():
+    """Equal singular values: dropping the last one and the last but one cost the same."""
+    M = torch.diag(torch.tensor([2.0, 1.0, 1.0]))
+    other = torch.diag(torch.tensor([2.0, 0.0, 1.0]))
+    error = (M - truncate(M, 2)).norm()
+    torch.testing.assert_close(error, (M - other).norm())
+    assert torch.linalg.matrix_rank(truncate(M, 2)) == 2
+
+
 def test_energy_of_diagonal_matrices_is_exact():
     assert energy(torch.diag(torch.tensor([3.0, 0.0]))).tolist() == [1, 1]
     assert energy(torch.tensor([[2.0], [1.0]])).tolist() == [1]
@@ -163,12 +209,15 @@ def test_bad_matrices_are_refused(function):
             match=f"matrix must be a tensor in float32 or float64, got {name}",
         ):
             function(bad)
-    shapes = {r"\(3,\)": (3,), r"\(0, 3\)": (0, 3), r"\(\)": ()}
-    for shape, bad in shapes.items():
-        with pytest.raises(
-            ValueError, match=rf"matrix must have shape \(\.\.\., m, n\), got {shape}$"
-        ):
-            function(torch.ones(bad))
+    for shape in ((3,), (0,), ()):
+        with pytest.raises(ValueError) as refused:
+            function(torch.ones(shape))
+        assert str(refused.value) == f"matrix must have shape (..., m, n), got {shape}"
+    for shape in ((0, 3), (3, 0), (0, 3, 3)):
+        with pytest.raises(ValueError) as refused:
+            function(torch.ones(shape))
+        message = f"matrix must have at least one entry, got shape {shape}"
+        assert str(refused.value) == message
     for bad in (math.inf, math.nan):
         with pytest.raises(
             ValueError, match="^matrix must be finite, got an entry that is inf or nan$"
@@ -250,6 +299,13 @@ def test_random_subspace_depends_on_its_seed_only():
     assert torch.equal(torch.random.get_rng_state(), expected)
 
 
+def test_random_subspace_takes_numpys_integers():
+    drawn = RandomSubspace(small_model(), np.int64(3), seed=np.int64(3)).P
+    assert torch.equal(drawn, RandomSubspace(small_model(), 3, seed=3).P)
+    last = RandomSubspace(small_model(), 3, seed=2**64 - 1).P
+    assert last.isfinite().all() and not torch.equal(last, drawn)
+
+
 def test_random_subspace_takes_the_models_dtype():
     assert RandomSubspace(small_model(torch.bfloat16), 3).z.dtype == torch.bfloat16
 
@@ -300,6 +356,13 @@ def test_random_subspace_refuses():
         RandomSubspace(small_model(), 27)
     with pytest.raises(ValueError, match="seed must be an integer of at least 0"):
         RandomSubspace(small_model(), 2, seed=-1)
+    untouched = small_model()
+    for seed in (2**64, np.uint64(2**64 - 1) + 2.0):
+        with pytest.raises(ValueError, match="seed must be a"):
+            RandomSubspace(untouched, 2, seed=seed)
+    with pytest.raises(ValueError, match=f"seed must be at most 2.*, got {2**64}$"):
+        RandomSubspace(untouched, 2, seed=2**64)
+    assert all(p.requires_grad for p in untouched.parameters())
     with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
         RandomSubspace([1.0], 1)
     mixed = nn.Sequential(nn.Linear(1, 1).double(), nn.Linear(1, 1))
@@ -341,6 +404,13 @@ def test_lora_costs_more_exactly_above_the_break_even_rank(d_in, d_out):
     limit = break_even_rank(d_in, d_out)
     for rank in range(1, math.ceil(limit) + 2):
         assert (lora_parameters(d_in, d_out, rank) > d_in * d_out) == (rank > limit)
+
+
+def test_counts_of_numpys_small_integers_do_not_overflow():
+    wide = np.int32(65536)
+    assert lora_parameters(wide, wide, np.int32(65536)) == 65536 * 131072
+    assert break_even_rank(wide, wide) == 32768
+    assert lora_parameters(np.uint8(200), np.uint8(100), np.uint8(2)) == 600
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True, "2"])

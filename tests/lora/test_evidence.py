@@ -1,0 +1,93 @@
+"""`lora.evidence` against SciPy's paired t-test, one-sided t-tests and coverage."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lora.evidence import Verdict, interval, smallest_margin
+
+RNG = np.random.default_rng(0)
+SAMPLES = [RNG.normal(mean, 2, n) for mean, n in [(0, 2), (3, 10), (-1, 40), (-9, 7)]]
+
+
+@pytest.mark.parametrize("level", [0.95, 0.9, 0.5])
+@pytest.mark.parametrize("values", SAMPLES, ids=len)
+def test_interval_is_that_of_a_paired_t_test(values, level):
+    other = RNG.normal(size=len(values))
+    theirs = stats.ttest_rel(values + other, other)
+    expected = [values.mean(), *theirs.confidence_interval(level)]
+    for given in (values, torch.tensor(values), values.tolist()):
+        np.testing.assert_allclose(interval(given, level), expected, rtol=1e-11)
+
+
+def test_interval_is_of_95_percent_and_of_plain_floats():
+    got = interval([1, 2, 4])
+    assert got == interval([1.0, 2.0, 4.0], level=0.95)
+    assert [type(v) for v in got] == [float] * 3
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    draws = RNG.normal(5, 3, (4_000, 6))
+    hits = [low <= 5 <= high for _, low, high in (interval(d, 0.8) for d in draws)]
+    assert abs(np.mean(hits) - 0.8) < 4 * (0.8 * 0.2 / len(draws)) ** 0.5
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+@pytest.mark.parametrize("values", SAMPLES, ids=len)
+def test_smallest_margin_is_where_two_one_sided_tests_turn(values, alpha):
+    def equivalent(margin):
+        above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(values, margin, alternative="less").pvalue
+        return max(above, below) < alpha
+
+    margin = smallest_margin(values, alpha)
+    assert margin > abs(values.mean())
+    assert equivalent(margin * (1 + 1e-9)) and not equivalent(margin * (1 - 1e-9))
+    assert smallest_margin(-values, alpha) == pytest.approx(margin, rel=1e-12)
+
+
+def test_smallest_margin_is_at_five_percent():
+    assert smallest_margin([1, 2, 4]) == smallest_margin([1, 2, 4], alpha=0.05)
+
+
+def test_equal_runs_have_no_width():
+    assert interval([2.5] * 3) == (2.5, 2.5, 2.5)
+    assert smallest_margin([-2.5] * 3) == 2.5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], [1.0], 3.0, [[1.0, 2.0]], [1.0, float("nan")], [1.0, float("inf")]],
+)
+def test_values_that_have_no_interval_are_refused(values):
+    for refuses in (interval, smallest_margin):
+        with pytest.raises(
+            ValueError, match=r"^values must be \(n,\), finite, with n >= 2, got "
+        ):
+            refuses(values)
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.5, 95, float("nan")])
+def test_a_level_that_is_no_share_is_refused(level):
+    with pytest.raises(ValueError, match="^level must lie strictly between 0 and 1, g"):
+        interval([1.0, 2.0], level)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5, 0.6, -0.1, 5, float("nan")])
+def test_an_alpha_that_is_no_error_rate_is_refused(alpha):
+    with pytest.raises(ValueError, match="^alpha must lie strictly between 0 and 0.5"):
+        smallest_margin([1.0, 2.0], alpha)
+
+
+def test_verdict_reads_as_a_figure_with_its_interval():
+    verdict = Verdict(True, *interval([-0.1, 0.05, 0.02, -0.06]))
+    assert str(verdict) == "−0.02 [−0.13, +0.09]"
+    assert verdict.stands and verdict == Verdict(
+        True, *interval([-0.1, 0.05, 0.02, -0.06])
+    )
+    assert str(Verdict(False, 0, 0, 12.345)) == "+0.00 [+0.00, +12.35]"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        verdict.stands = False
