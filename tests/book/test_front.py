@@ -293,7 +293,7 @@ def first_paint(browser, url):
 
 @pytest.fixture(scope="module")
 def bare(browser, tmp_path_factory):
-    """The first paint of a page of three words, in milliseconds: the best of five."""
+    """Best first paint yet of a page of three words, in ms; a call tries again."""
     folder = tmp_path_factory.mktemp("bare")
     text = "<!DOCTYPE html><link rel=icon href='data:,'><title>Bare</title>Three words."
     (folder / "bare.html").write_text(text)
@@ -301,19 +301,21 @@ def bare(browser, tmp_path_factory):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/LoRA/bare.html"
-    yield min(first_paint(browser, url) for _ in range(5))
+    seen = [first_paint(browser, url) for _ in range(4)]
+    yield lambda: seen.append(first_paint(browser, url)) or min(seen)
     server.shutdown()
 
 
 @each_page
 def test_first_paint_on_a_slow_phone(browser, site, bare, page):
     """About a third of a second for the bare page, two seconds for one of the book."""
-    paints = []
-    while not paints or (min(paints) > 6 * bare and len(paints) < 4):
+    paints, limit = [], 6 * bare()
+    while not paints or (min(paints) > limit and len(paints) < 4):
         # once more: other work on the machine delays a paint, nothing hastens it
         paints.append(first_paint(browser, f"{site}{page}.html"))
-    assert min(paints) <= 6 * bare, (
-        f"{page}: first paint after {paints} ms, a bare page takes {bare} ms"
+        limit = 6 * bare()
+    assert min(paints) <= limit, (
+        f"{page}: first paint after {paints} ms, {limit} is six times a bare page's"
     )
 
 
