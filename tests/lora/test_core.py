@@ -702,7 +702,16 @@ def test_what_is_no_layer_is_said_unless_targets_are_given(arguments):
         inject_lora(model, **arguments)
     expected = ["only linear layers are adapted, left as they are: 1 Conv1d"]
     assert [str(w.message) for w in caught] == ([] if arguments else expected)
-    assert all(w.filename == __file__ for w in caught)
+
+
+@pytest.mark.unmutated  # a mutant's switch is a caller of its own
+def test_a_warning_points_to_the_line_that_injects():
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
+    model["head"].weight = model["embed"].weight
+    model["body"], model["conv"] = nn.Linear(4, 4), nn.Conv1d(2, 2, 1)
+    with pytest.warns(UserWarning, match="left as") as caught:
+        inject_lora(model)
+    assert [w.filename for w in caught] == [__file__] * 2
 
 
 def test_an_ordinary_injection_warns_of_nothing():
