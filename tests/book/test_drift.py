@@ -194,6 +194,11 @@ FAULTS = {
         lambda cell: cell.update(source=cell.source.replace("assert ", "check = ")),
         "no assert beside it",
     ),
+    "a reason without its tag": (
+        "nbval-ignore-output",
+        lambda cell: cell.metadata.tags.remove("nbval-ignore-output"),
+        "no tag nbval-ignore-output",
+    ),
     "a tolerance without a reason": (
         "listing",
         lambda cell: cell.metadata.update(tolerance={"absolute": 1}),
