@@ -112,7 +112,7 @@ def run(**settings):
 
 
 def versions():
-    """The versions that a row depends on, of the model's libraries and of the data's."""
+    """The versions that a row depends on: of the model's libraries, of the data."""
     names = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
     names += ("sympy", "networkx")
     return " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
