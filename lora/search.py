@@ -182,19 +182,21 @@ def docstring_pairs(library):
     return [(words, sentence) for _, words, sentence in documented()[library]]
 
 
-def split(pairs, test=150, validation=50, seed=0):
+def split(pairs, seed=0, test=150, validation=50):
     """Three lists of pairs, disjoint: for training, to choose settings, to report.
 
-    The last two have `validation` and `test` pairs, drawn with `seed`. Raises
-    ValueError if nothing would be left to train on.
+    `validation` and `test` are their sizes. The pairs to choose by are always the same;
+    `seed` draws those to report from the rest. Raises ValueError if nothing would be
+    left to train on.
     """
     if test + validation >= len(pairs):
         raise ValueError(
             f"{len(pairs)} pairs are too few to hold out {test} and {validation}"
         )
-    drawn = random.Random(seed).sample(pairs, len(pairs))
-    ends = len(pairs) - test - validation, len(pairs) - test
-    return drawn[: ends[0]], drawn[ends[0] : ends[1]], drawn[ends[1] :]
+    fixed = random.Random(0).sample(pairs, len(pairs))
+    choose, rest = fixed[:validation], fixed[validation:]
+    drawn = random.Random(seed).sample(rest, len(rest))
+    return drawn[test:], choose, drawn[:test]
 
 
 def unit_vectors(model, tokenizer, sentences):
