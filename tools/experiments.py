@@ -76,6 +76,7 @@ def one(job):
 
 def key(row):
     """What tells one run from another: its study and its settings."""
+    row = recorded.DEFAULTS | row
     return json.dumps(
         [row["study"]] + [row.get(k) for k in [*recorded.DEFAULTS, "cut"]]
     )
