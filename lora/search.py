@@ -128,7 +128,7 @@ def public_modules(library):
 
 @functools.cache
 def documented():
-    """Library -> [(qualified name, words, sentence)], sorted by name, cleaned.
+    """Library -> [(qualified name, words, sentence)], by name, cleaned.
 
     A sentence that stands twice is kept once in all, words once a library; sentences
     that hold the name's letters, point elsewhere or have under four words are left out.
@@ -154,19 +154,26 @@ def documented():
 
 
 def docstrings(library):
-    """[(qualified name, docstring)] of a library's public functions and classes."""
+    """[(qualified name, docstring)] of a library's public functions and classes.
+
+    By name. One that stands in several modules is called by the library's own, if it is
+    one of them, else by the one that defines it, as far as that is public.
+    """
     found = {}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         for module in public_modules(library):
+            path = module.__name__
             for name in dir(module):
                 entry = getattr(module, name, None)
                 home = getattr(entry, "__module__", None) or library
                 doc = getattr(entry, "__doc__", None)
                 own = home.partition(".")[0] == library and isinstance(doc, str)
                 if own and callable(entry) and not name.startswith("_"):
-                    found.setdefault(name, (f"{module.__name__}.{name}", doc))
-    return sorted(found.values())
+                    place = path != library, not home.startswith(path), path
+                    found[name, doc] = min(place, found.get((name, doc), place))
+    ordered = sorted((name, place, doc) for (name, doc), place in found.items())
+    return [(f"{path}.{name}", doc) for name, (_, _, path), doc in ordered]
 
 
 def docstring_pairs(library):

@@ -55,15 +55,53 @@ def search_run(settings):
         yield kept | {"cut": k, "ranks": recorded.ranks(cut, tokenizer, tests)}
 
 
-def over(seeds, **settings):
-    return [settings | {"seed": seed} for seed in seeds]
+def over(seeds, *runs, **settings):
+    return [run | settings | {"seed": seed} for seed in seeds for run in runs]
 
 
 def studies():
-    """Name -> list of settings, in the order in which they are worth having."""
+    """[(name, list of settings)], in the order in which they are worth having.
+
+    Seed 0 serves to choose rates, by the pairs set aside for that; others report.
+    """
     rates = {"full": (5e-5, 1e-4, 2e-4, 4e-4), "lora": (5e-4, 1e-3, 2e-3, 4e-3)}
-    grid = [{"method": m, "lr": lr, "seed": 0} for m in rates for lr in rates[m]]
-    return {"rates": grid}
+    attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
+    mlp = r".*\.\d\.(intermediate|output)\.dense"
+    few, more = range(1, 4), range(4, 6)
+    main = [{"method": "none"}, LORA, FULL | {"cuts": KS}]
+    changes = [
+        FULL | {"cuts": (8, 384)} | setting
+        for setting in (
+            {"lr": FULL["lr"] / 2},
+            {"lr": FULL["lr"] * 2},
+            {"steps": 96},
+            {"decay": 0.0},
+            {"shuffled": True, "cuts": ()},
+        )
+    ]
+    ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 32, 64)]
+    layers = [
+        LORA | {"rank": r, "targets": t}
+        for t, r in ((attention, 18), (mlp, 14), (last, 24))
+    ]
+    alphas = [
+        LORA | {"rank": r, "scale": scale, "lr": lr}
+        for r in (1, 64)
+        for scale in (8 / r, (8 / r) ** 0.5)
+        for lr in (LORA["lr"] / 4, LORA["lr"], LORA["lr"] * 4)
+    ]
+    return [
+        ("rates", [{"method": m, "lr": r, "seed": 0} for m in rates for r in rates[m]]),
+        ("main", over(few, *main)),
+        ("longer", over(few, LORA | {"steps": 96})),
+        ("ranks", over(few, *ranks)),
+        ("change", over(few, *changes)),
+        ("layers", over(few, *layers)),
+        ("alpha", over([0], *alphas)),
+        ("main", over(more, *main)),
+        ("longer", over(more, LORA | {"steps": 96})),
+        ("change", over(more, *changes)),
+    ]
 
 
 def one(job):
@@ -90,7 +128,7 @@ def main(only=""):
     )
     jobs = [
         (study, settings)
-        for study, runs in studies().items()
+        for study, runs in studies()
         for settings in runs
         if re.search(only, study)
         and key({"study": study} | recorded.DEFAULTS | settings) not in done
