@@ -20,7 +20,7 @@ import torch
 from lora import recorded, search
 
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
-FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora"}
+FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora", "lr": 2e-3}
 
 
 def search_run(settings):
@@ -79,7 +79,7 @@ def studies():
             {"shuffled": True, "cuts": ()},
         )
     ]
-    ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 32, 64)]
+    ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 64)]
     layers = [
         LORA | {"rank": r, "targets": t}
         for t, r in ((attention, 18), (mlp, 14), (last, 24))
