@@ -17,17 +17,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from lora import recorded, search
+from lora import formats, recorded, search
 
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
-FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora"}
+FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora", "lr": 2e-3}
 
 
 def search_run(settings):
     """One row of Chapter 4; of full fine-tuning also its change, layer by layer."""
-    cuts = settings.pop("cuts", ())
+    cuts, more = settings.pop("cuts", ()), settings.pop("bases", ())
     tokenizer, model, row = recorded.run(**settings)
     yield row
+    for base, block in more:  # in one go: most of a zero-shot run is its start
+        yield recorded.run(**settings | {"base": base, "block": block})[2]
     if settings["method"] != "full":
         return
     _, base = search.load_minilm()
@@ -79,7 +81,7 @@ def studies():
             {"shuffled": True, "cuts": ()},
         )
     ]
-    ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 32, 64)]
+    ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 64)]
     layers = [
         LORA | {"rank": r, "targets": t}
         for t, r in ((attention, 18), (mlp, 14), (last, 24))
@@ -90,6 +92,12 @@ def studies():
         for scale in (8 / r, (8 / r) ** 0.5)
         for lr in (LORA["lr"] / 4, LORA["lr"], LORA["lr"] * 4)
     ]
+    kinds = [k for k in formats.LEVELS if k not in ("FP4", "affine int4")]
+    zero_shot = [(k, 64) for k in kinds]
+    zero_shot += [(k, 32) for k in ("NF4", "affine int4", "int4")]
+    zero_shot = {"method": "none", "bases": zero_shot}
+    best, worst = LORA | {"base": "NF4"}, LORA | {"base": "NF2"}
+    between = [LORA | {"base": k} for k in ("NF3", "int8", "int4", "int3")]
     return [
         ("rates", [{"method": m, "lr": r, "seed": 0} for m in rates for r in rates[m]]),
         ("main", over(few, *main)),
@@ -101,6 +109,10 @@ def studies():
         ("main", over(more, *main)),
         ("longer", over(more, LORA | {"steps": 96})),
         ("change", over(more, *changes)),
+        ("bases", over([*few, *more], zero_shot)),
+        ("bases", over(few, best, worst, *between)),
+        ("bases", over(more, best, worst)),
+        ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
     ]
 
 
@@ -114,24 +126,18 @@ def one(job):
 
 def key(row):
     """What tells one run from another: its study and its settings."""
-    row = recorded.DEFAULTS | row
-    return json.dumps(
-        [row["study"]] + [row.get(k) for k in [*recorded.DEFAULTS, "cut"]]
-    )
+    settings = recorded.DEFAULTS | row
+    return json.dumps([row["study"], *(settings[k] for k in recorded.DEFAULTS)])
 
 
 def main(only=""):
-    done = (
-        {key(json.loads(line)) for line in recorded.DATA.open()}
-        if recorded.DATA.exists()
-        else set()
-    )
+    made = map(json.loads, recorded.DATA.open()) if recorded.DATA.exists() else ()
+    done = {key(row) for row in made if "cut" not in row}
     jobs = [
         (study, settings)
         for study, runs in studies()
         for settings in runs
-        if re.search(only, study)
-        and key({"study": study} | recorded.DEFAULTS | settings) not in done
+        if re.search(only, study) and key({"study": study} | settings) not in done
     ]
     print(f"{len(jobs)} runs to make", flush=True)
     workers = int(os.environ.get("WORKERS", "2"))
