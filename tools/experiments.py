@@ -77,8 +77,8 @@ def studies():
             {"lr": FULL["lr"] / 2},
             {"lr": FULL["lr"] * 2},
             {"steps": 96},
-            {"decay": 0.0},
             {"shuffled": True, "cuts": ()},
+            {"decay": 0.0},
         )
     ]
     ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 64)]
@@ -103,16 +103,17 @@ def studies():
         ("main", over(few, *main)),
         ("longer", over(few, LORA | {"steps": 96})),
         ("ranks", over(few, *ranks)),
-        ("change", over(few, *changes)),
+        ("change", over(few, *changes[:4])),
+        ("bases", over(few, zero_shot, best, worst)),
         ("layers", over(few, *layers)),
+        ("bases", over(few, *between)),
         ("alpha", over([0], *alphas)),
         ("main", over(more, *main)),
+        ("change", over(few, *changes[4:])),
         ("longer", over(more, LORA | {"steps": 96})),
-        ("change", over(more, *changes)),
-        ("bases", over([*few, *more], zero_shot)),
-        ("bases", over(few, best, worst, *between)),
-        ("bases", over(more, best, worst)),
         ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
+        ("bases", over(more, zero_shot, best, worst)),
+        ("change", over(more, *changes)),
     ]
 
 
