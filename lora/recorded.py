@@ -22,7 +22,7 @@ DEFAULTS = {
     "method": "lora",  # or "full", or "none"
     "rank": 8,
     "scale": 1.0,  # alpha / r
-    "lr": 1e-3,
+    "lr": 2e-3,
     "steps": 48,
     "targets": ALL,
     "decay": 0.01,

@@ -20,7 +20,7 @@ import torch
 from lora import recorded, search
 
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
-FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora"}
+FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora", "lr": 2e-3}
 
 
 def search_run(settings):
@@ -79,7 +79,7 @@ def studies():
             {"shuffled": True, "cuts": ()},
         )
     ]
-    ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 32, 64)]
+    ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 64)]
     layers = [
         LORA | {"rank": r, "targets": t}
         for t, r in ((attention, 18), (mlp, 14), (last, 24))
@@ -114,23 +114,18 @@ def one(job):
 
 def key(row):
     """What tells one run from another: its study and its settings."""
-    return json.dumps(
-        [row["study"]] + [row.get(k) for k in [*recorded.DEFAULTS, "cut"]]
-    )
+    settings = recorded.DEFAULTS | row
+    return json.dumps([row["study"], *(settings[k] for k in recorded.DEFAULTS)])
 
 
 def main(only=""):
-    done = (
-        {key(json.loads(line)) for line in recorded.DATA.open()}
-        if recorded.DATA.exists()
-        else set()
-    )
+    made = map(json.loads, recorded.DATA.open()) if recorded.DATA.exists() else ()
+    done = {key(row) for row in made if "cut" not in row}
     jobs = [
         (study, settings)
         for study, runs in studies()
         for settings in runs
-        if re.search(only, study)
-        and key({"study": study} | recorded.DEFAULTS | settings) not in done
+        if re.search(only, study) and key({"study": study} | settings) not in done
     ]
     print(f"{len(jobs)} runs to make", flush=True)
     workers = int(os.environ.get("WORKERS", "2"))
