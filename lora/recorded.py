@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lora import core, search
+from lora import core, formats, search
 
 DATA = Path(__file__).parent / "data" / "runs.jsonl"
 TRAINED = search.LIBRARIES[:5]  # sympy and networkx are left out of training
@@ -27,13 +27,22 @@ DEFAULTS = {
     "targets": ALL,
     "decay": 0.01,
     "shuffled": False,
+    "base": "float32",  # or one of formats.LEVELS, with scales for blocks of
+    "block": 64,
     "seed": 0,
 }
 
 
 def prepare(model, settings):
-    """Make trainable what the settings say, in place: adapters, everything, nothing."""
+    """Make trainable what the settings say, in place: adapters, everything, nothing.
+
+    Where the base is to be in few bits, its linear layers are rounded to them before.
+    """
     core.freeze_all(model)
+    if settings["base"] != "float32":
+        for layer in layers(model).values():
+            form = settings["base"], settings["block"]
+            layer.weight.data = formats.round_trip(layer.weight, *form)
     if settings["method"] == "full":
         model.requires_grad_(True)
         model.pooler.requires_grad_(False)  # no part of an embedding

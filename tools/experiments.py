@@ -17,7 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from lora import recorded, search
+from lora import formats, recorded, search
 
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
 FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora", "lr": 2e-3}
@@ -25,9 +25,11 @@ FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora", "lr": 2e-3}
 
 def search_run(settings):
     """One row of Chapter 4; of full fine-tuning also its change, layer by layer."""
-    cuts = settings.pop("cuts", ())
+    cuts, more = settings.pop("cuts", ()), settings.pop("bases", ())
     tokenizer, model, row = recorded.run(**settings)
     yield row
+    for base, block in more:  # in one go: most of a zero-shot run is its start
+        yield recorded.run(**settings | {"base": base, "block": block})[2]
     if settings["method"] != "full":
         return
     _, base = search.load_minilm()
@@ -75,8 +77,8 @@ def studies():
             {"lr": FULL["lr"] / 2},
             {"lr": FULL["lr"] * 2},
             {"steps": 96},
-            {"decay": 0.0},
             {"shuffled": True, "cuts": ()},
+            {"decay": 0.0},
         )
     ]
     ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 64)]
@@ -90,16 +92,27 @@ def studies():
         for scale in (8 / r, (8 / r) ** 0.5)
         for lr in (LORA["lr"] / 4, LORA["lr"], LORA["lr"] * 4)
     ]
+    kinds = [k for k in formats.LEVELS if k not in ("FP4", "affine int4")]
+    zero_shot = [(k, 64) for k in kinds]
+    zero_shot += [(k, 32) for k in ("NF4", "affine int4", "int4")]
+    zero_shot = {"method": "none", "bases": zero_shot}
+    best, worst = LORA | {"base": "NF4"}, LORA | {"base": "NF2"}
+    between = [LORA | {"base": k} for k in ("NF3", "int8", "int4", "int3")]
     return [
         ("rates", [{"method": m, "lr": r, "seed": 0} for m in rates for r in rates[m]]),
         ("main", over(few, *main)),
         ("longer", over(few, LORA | {"steps": 96})),
         ("ranks", over(few, *ranks)),
-        ("change", over(few, *changes)),
+        ("change", over(few, *changes[:4])),
+        ("bases", over(few, zero_shot, best, worst)),
         ("layers", over(few, *layers)),
+        ("bases", over(few, *between)),
         ("alpha", over([0], *alphas)),
         ("main", over(more, *main)),
+        ("change", over(few, *changes[4:])),
         ("longer", over(more, LORA | {"steps": 96})),
+        ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
+        ("bases", over(more, zero_shot, best, worst)),
         ("change", over(more, *changes)),
     ]
 
