@@ -52,7 +52,7 @@ sync: .venv/installed  ## rewrite what is written by machine: listings, tables o
 	$(BIN)/python tools/run.py sync
 
 experiments: .venv/installed  ## make the recorded runs of Part II that are not there yet (ONLY=STUDY)
-	$(BIN)/python tools/experiments.py $(ONLY)
+	$(BIN)/python tools/experiments.py run $(ONLY)
 
 run: .venv/installed  ## sync, execute the chapters, store outputs and bound numbers (ONLY=NAME for one)
 	$(BIN)/python tools/run.py run $(ONLY)
