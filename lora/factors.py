@@ -5,7 +5,7 @@ arXiv:2106.09685, section 4.1). Chapter 5 of the book builds this file.
 """
 
 import torch
-from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 def stack(updates, rank=None):
@@ -35,15 +35,12 @@ def cut(A, B, rank):
 def mixed(x, y, updates, owner):
     """y + the update of row i of x, for rows that belong to different updates.
 
-    x is (n, ..., d_in), y (n, ..., d_out); `updates` as in `stack`. `owner` (n,) says
-    which of them row i gets, -1 for none. Two thin products with all factors, stacked;
-    in between, a row keeps only the numbers of its own update.
+    x is (n, ..., d_in), y (n, ..., d_out), `updates` as in `stack`. `owner` holds for
+    each row the index of its update, -1 for none. Each row gets copies of its thin
+    factors, filled up with zeros to the largest rank; then two batched products do.
     """
-    A, B = stack(updates)
-    ranks = torch.tensor([len(u.A) for _, u in updates])
-    column = torch.arange(len(ranks)).repeat_interleave(ranks).to(x.device)
-    other = torch.tensor(owner, device=x.device)[:, None] != column
-    h = nn.functional.linear(x.to(A.dtype), A).reshape(len(x), -1, len(A))
-    h = h.masked_fill(other[:, None], 0).flatten(0, 1)
-    flat = y.to(h.dtype).reshape(-1, y.shape[-1])
-    return torch.addmm(flat, h, B.T).view(y.shape).to(y.dtype)
+    A = [u.A for _, u in updates] + [updates[0][1].A.new_zeros(1, x.shape[-1])]
+    B = [w * u.scale * u.B.T for w, u in updates] + [A[-1].new_zeros(1, y.shape[-1])]
+    A, B = (pad_sequence(f, batch_first=True)[owner] for f in (A, B))  # -1: the zeros
+    rows, sums = (t.to(A.dtype).reshape(len(x), -1, t.shape[-1]) for t in (x, y))
+    return torch.baddbmm(sums, rows @ A.mT, B).view(y.shape).to(y.dtype)
