@@ -51,6 +51,9 @@ sceptic: .venv/installed  ## try to overturn each headline with fresh seeds (SEE
 sync: .venv/installed  ## rewrite what is written by machine: listings, tables of chapters
 	$(BIN)/python tools/run.py sync
 
+experiments: .venv/installed  ## make the recorded runs of Part II that are not there yet (ONLY=STUDY)
+	$(BIN)/python tools/experiments.py $(ONLY)
+
 run: .venv/installed  ## sync, execute the chapters, store outputs and bound numbers (ONLY=NAME for one)
 	$(BIN)/python tools/run.py run $(ONLY)
 
