@@ -17,7 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from lora import recorded, search
+from lora import libraries, recorded, search
 
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
 FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora"}
@@ -53,6 +53,14 @@ def search_run(settings):
             layer.weight.data += (U[:, :k] * S[:k]) @ V[:k]
         kept = {key: value for key, value in row.items() if key in recorded.DEFAULTS}
         yield kept | {"cut": k, "ranks": recorded.ranks(cut, tokenizer, tests)}
+
+
+def library_run(settings):
+    """The rows of Chapter 5 for one seed."""
+    return libraries.runs(**settings)
+
+
+MAKERS = {"libraries": library_run, "half as long": library_run}
 
 
 def over(seeds, *runs, **settings):
@@ -101,6 +109,9 @@ def studies():
         ("main", over(more, *main)),
         ("longer", over(more, LORA | {"steps": 96})),
         ("change", over(more, *changes)),
+        ("libraries", over(few, {"steps": libraries.STEPS})),
+        ("half as long", over(few, {"steps": libraries.STEPS // 2, "sums": False})),
+        ("libraries", over([4], {"steps": libraries.STEPS})),
     ]
 
 
@@ -108,7 +119,8 @@ def one(job):
     torch.set_num_threads(1)
     study, settings = job
     start = time.process_time()
-    found = [{"study": study, **row} for row in search_run(dict(settings))]
+    make = MAKERS.get(study, search_run)(dict(settings))
+    found = [{"study": study, **row} for row in make]
     return job, found, time.process_time() - start
 
 
