@@ -23,7 +23,6 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-
 from register import ROOT
 
 from lora import formats, recorded, search
