@@ -25,9 +25,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from register import ROOT
 
-from lora import formats, recorded, search
+from lora import formats, libraries, recorded, search
 
-EXTRAS = ("cuts", "bases")  # settings that add rows to a run's own
+EXTRAS = ("cuts", "bases", "sums")  # settings that add rows to a run's own
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
 # Between processors, training in float32 goes other ways: what may lie between the mean
 # reciprocal ranks of two runs of the same settings, in points.
@@ -91,6 +91,14 @@ def truncated(parts, k):
     return model
 
 
+def library_run(settings):
+    """The rows of Chapter 5 for one seed."""
+    return list(libraries.runs(**settings))
+
+
+MAKERS = {"libraries": library_run, "half as long": library_run}
+
+
 def over(seeds, *runs, **settings):
     return [run | settings | {"seed": seed} for seed in seeds for run in runs]
 
@@ -139,6 +147,7 @@ def studies():
         ("ranks", over(few, *ranks)),
         ("change", over(few, *changes[:4])),
         ("bases", over(few, zero_shot, best, worst)),
+        ("libraries", over(few, {"steps": libraries.STEPS})),
         ("layers", over(few, *layers)),
         ("bases", over(few, *between)),
         ("alpha", over([0], *alphas)),
@@ -148,6 +157,8 @@ def studies():
         ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
         ("bases", over(more, zero_shot, best, worst)),
         ("change", over(more, *changes)),
+        ("half as long", over(few, {"steps": libraries.STEPS // 2, "sums": False})),
+        ("libraries", over([4], {"steps": libraries.STEPS})),
     ]
 
 
@@ -156,14 +167,15 @@ def one(job):
     torch.set_num_threads(1)
     study, settings = job
     start = time.process_time()
-    found = [{"study": study} | row for row in search_run(settings)]
+    make = MAKERS.get(study, search_run)
+    found = [{"study": study} | row for row in make(settings)]
     return job, found, time.process_time() - start
 
 
 def key(row):
     """What tells one row from another: its study, its settings, where it is cut."""
     settings = recorded.DEFAULTS | row
-    names = [*recorded.DEFAULTS, "cut"]
+    names = [*recorded.DEFAULTS, "cut", "adapter", "how"]
     return json.dumps([row["study"], *(settings.get(k) for k in names)])
 
 
@@ -171,6 +183,8 @@ def keys(job):
     """The keys of all rows that a job makes."""
     study, settings = job
     row = {"study": study} | {k: v for k, v in settings.items() if k not in EXTRAS}
+    if MAKERS.get(study) is library_run:  # all of its rows are stored in one go
+        return [key(row | {"adapter": "base", "how": ""})]
     more = [{"base": base, "block": n} for base, n in settings.get("bases", ())]
     more += [{"cut": k} for k in settings.get("cuts", ())]
     return [key(row | change) for change in [{}, *more]]
