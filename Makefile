@@ -53,10 +53,10 @@ sync: .venv/installed  ## rewrite what is written by machine: listings, tables o
 	$(BIN)/python tools/run.py sync
 
 experiments: .venv/installed  ## make the recorded runs of Part II that are not there yet (ONLY=STUDY)
-	$(BIN)/python tools/experiments.py run $(ONLY)
+	$(BIN)/python tools/experiments.py run $(if $(ONLY),'$(ONLY)')
 
 again: .venv/installed  ## make recorded runs again and compare them (ONLY=STUDY)
-	$(BIN)/python tools/experiments.py compare $(or $(ONLY),.)
+	$(BIN)/python tools/experiments.py compare $(if $(ONLY),'$(ONLY)')
 
 alone: .venv/installed  ## each chapter whole, as on Colab: an empty folder, lora from git
 	WHOLE=1 $(BIN)/python -m pytest -q tests/book/test_colab.py

@@ -153,13 +153,11 @@ def runs(request, tmp_path_factory):
 
 
 def trains(notebook):
-    """The first cell that trains the real model, or records it, by what it calls."""
+    """The first cell that trains the real model, by what it calls; None without one."""
     calls = r"(?<!def )\b(fine_tune|recorded\.run)\("
     for i, cell in enumerate(notebook.cells):
-        code = cell.cell_type == "code" and "listing" not in cell.metadata.get(
-            "tags", []
-        )
-        if code and re.search(calls, cell.source):
+        listing = "listing" in cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and not listing and re.search(calls, cell.source):
             return i
     return None
 
