@@ -6,7 +6,7 @@ stamp COMMIT    say which commit made rows that came from another clone
 
 A study is a list of settings of `lora.recorded.run`. Stopped at any moment, `run` goes
 on with the run that it was at. Beside the rows stands `runs.json`: their SHA-256 and
-the commits whose code made them. STUDY is a regular expression.
+the commits whose code made them. STUDY is a regular expression for the whole name.
 """
 
 import hashlib
@@ -266,13 +266,13 @@ def results(jobs):
             yield rows
 
 
-def selected(only):
+def selected(only=".*"):
     """The jobs of the studies whose name matches; ValueError if there is none."""
     jobs = [
         (study, settings)
         for study, runs in studies()
         for settings in runs
-        if re.search(only, study)
+        if re.fullmatch(only, study)
     ]
     if not jobs:
         names = ", ".join(dict.fromkeys(study for study, _ in studies()))
@@ -280,7 +280,7 @@ def selected(only):
     return jobs
 
 
-def run(only=""):
+def run(only=".*"):
     """Make the runs of which a row is missing, and record each as soon as it is made.
 
     A run that is there in part is made again as a whole.
@@ -293,12 +293,12 @@ def run(only=""):
         for row in new:
             rows.pop(key(row), None)
         store([*rows.values(), *new], head)
-    if not digest().items() <= stamped().items():
+    if recorded.DATA.exists() and not digest().items() <= stamped().items():
         print(f"{recorded.STAMP.name} is of other rows: see `stamp COMMIT`")
     return 0
 
 
-def compare(only):
+def compare(only=".*"):
     """Make runs again: 1 if a mean is more than TOLERANCE from the recorded one."""
     rows, wrong, compared = made(), 0, 0
     for row in (row for new in results(selected(only)) for row in new):
