@@ -19,8 +19,8 @@ from lora import core, formats, search
 DATA = Path(__file__).parent / "data" / "runs.jsonl"
 STAMP = DATA.with_suffix(".json")  # its SHA-256 and the commits that made it
 # What a row depends on: the model's libraries, and those whose docstrings are read.
-LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
-LIBRARIES += ("sympy", "networkx")
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
+PACKAGES += ("sympy", "networkx")
 TRAINED = search.LIBRARIES[:5]  # sympy and networkx are left out of training
 ALL = r"encoder\.layer\.\d\..*"
 DEFAULTS = {
@@ -133,8 +133,8 @@ def run(**settings):
 
 
 def versions():
-    """The versions of `LIBRARIES` as a row holds them: "torch=2.13.0 ..."."""
-    found = ((name, importlib.metadata.version(name)) for name in LIBRARIES)
+    """The versions of `PACKAGES` as a row holds them: "torch=2.13.0 ..."."""
+    found = ((name, importlib.metadata.version(name)) for name in PACKAGES)
     return " ".join(f"{name}={version}" for name, version in found)
 
 

@@ -13,10 +13,14 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import json
 import math
+import os
 import pkgutil
 import random
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable
 from itertools import islice
@@ -147,12 +151,12 @@ def documented():
     A sentence that stands twice is kept once in all, words once a library; sentences
     that hold the name's letters, point elsewhere or have under four words are left out.
     The libraries are read once a process. Raises RuntimeError if one has no docstrings,
-    as under `python -OO`.
+    and whatever `read` raises.
     """
     seen, result = set(), {}
-    for library in LIBRARIES:
+    for library, found in read().items():
         result[library], words_seen = [], set()
-        for name, doc in docstrings(library):
+        for name, doc in found:
             words, sentence = words_of(name.rpartition(".")[2]), first_sentence(doc)
             skip = re.match("see |alias|deprecated|same as", sentence.lower())
             if (
@@ -167,8 +171,29 @@ def documented():
             words_seen.add(words)
             result[library].append((name, words, sentence))
         if not result[library]:
-            raise RuntimeError(f"{library} has no docstrings: run Python without -OO")
+            raise RuntimeError(f"{library} has no docstrings (PYTHONOPTIMIZE=2?)")
     return result
+
+
+def read():
+    """Library -> `docstrings` of it, all seven, read by a new Python process.
+
+    What runs here may have changed a library: in a notebook matplotlib lacks a function
+    that it has elsewhere. Raises ModuleNotFoundError if a library is not installed,
+    RuntimeError if the process fails.
+    """
+    for library in LIBRARIES:
+        if importlib.util.find_spec(library) is None:
+            raise ModuleNotFoundError(f"{library} is not installed", name=library)
+    code = "import json; from lora.search import LIBRARIES, docstrings; "
+    code += "print(json.dumps({name: docstrings(name) for name in LIBRARIES}))"
+    plain = os.environ | {"MPLBACKEND": "agg"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=plain
+    )
+    if done.returncode:
+        raise RuntimeError(f"the libraries could not be read:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def docstrings(library):

@@ -120,7 +120,6 @@ def studies():
             {"lr": FULL["lr"] * 2},
             {"steps": 96},
             {"shuffled": True, "cuts": ()},
-            {"decay": 0.0},
         )
     ]
     ranks = [LORA | {"rank": r} for r in (1, 2, 4, 16, 64)]
@@ -140,25 +139,29 @@ def studies():
     zero_shot = {"method": "none", "bases": zero_shot}
     best, worst = LORA | {"base": "NF4"}, LORA | {"base": "NF2"}
     between = [LORA | {"base": k} for k in ("NF3", "int8", "int4", "int3")]
+
+    def second(seeds):
+        return [
+            ("ranks", over(seeds, *ranks)),
+            ("change", over(seeds, *changes)),
+            ("bases", over(seeds, zero_shot, best, worst, *between)),
+            ("libraries", over(seeds, {"steps": libraries.STEPS})),
+            ("layers", over(seeds, *layers)),
+        ]
+
     return [
         ("rates", [{"method": m, "lr": r, "seed": 0} for m in rates for r in rates[m]]),
         ("main", over(few, *main)),
         ("longer", over(few, LORA | {"steps": 96})),
-        ("ranks", over(few, *ranks)),
-        ("change", over(few, *changes[:4])),
-        ("bases", over(few, zero_shot, best, worst)),
-        ("libraries", over(few, {"steps": libraries.STEPS})),
-        ("layers", over(few, *layers)),
-        ("bases", over(few, *between)),
+        *second([1, 2]),
         ("alpha", over([0], *alphas)),
+        *second([3]),
         ("main", over(more, *main)),
-        ("change", over(few, *changes[4:])),
         ("longer", over(more, LORA | {"steps": 96})),
         ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
-        ("bases", over(more, zero_shot, best, worst)),
-        ("change", over(more, *changes)),
         ("half as long", over(few, {"steps": libraries.STEPS // 2, "sums": False})),
-        ("libraries", over([4], {"steps": libraries.STEPS})),
+        *second(more),
+        ("change", over([*few, *more], FULL | {"cuts": (8, 384), "decay": 0.0})),
     ]
 
 

@@ -4,6 +4,7 @@ Training is tried on MiniLM for a step or two, and on a BERT of one narrow block
 random weights and MiniLM's tokenizer.
 """
 
+import importlib
 import importlib.machinery
 import json
 import math
@@ -271,7 +272,7 @@ def test_each_pair_is_of_the_object_that_it_names():
     for library, entries in search.documented().items():
         for name, words, sentence in entries[::10]:
             module, _, own = name.rpartition(".")
-            found = getattr(sys.modules[module], own)
+            found = getattr(importlib.import_module(module), own)
             assert name.startswith(f"{library}.")
             assert words == search.words_of(own)
             letters = "".join(plain(found.__doc__))
