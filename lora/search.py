@@ -335,8 +335,9 @@ def batches(pairs, batch=32, seed=0):
     """Endless batches of `batch` pairs of similar length, in an order set by `seed`.
 
     The pairs are shuffled, cut into pools of 8 batches, and each pool is sorted by the
-    sentences' length. A pass uses each pair once at most: what does not fill a batch is
-    left out until the next. The first batch raises ValueError if `batch` or `seed` is
+    sentences' length. A pass uses each pair once at most: those of the last pool that
+    do not fill a batch, its longest, are left out. If all fit into one pool, these are
+    the same in every pass. The first batch raises ValueError if `batch` or `seed` is
     no such integer or there are fewer pairs than a batch holds.
     """
     batch = checks.check_number("batch", batch, 1, Integral)

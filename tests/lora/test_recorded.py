@@ -115,7 +115,7 @@ def test_a_run_and_its_row(small):
 
 
 def test_a_run_without_training_is_the_base(small):
-    tokenizer, model, row = recorded.run(method="none")
+    _, model, row = recorded.run(method="none")
     assert row["losses"] == [] and row["step_time"] >= 0
     _, base = search.load_minilm()
     for name, value in base.state_dict().items():
