@@ -144,8 +144,7 @@ def studies():
         return [
             ("ranks", over(seeds, *ranks)),
             ("change", over(seeds, *changes)),
-            ("bases", over(seeds, zero_shot, best, worst, *between)),
-            ("libraries", over(seeds, {"steps": libraries.STEPS})),
+            ("bases", over(seeds, zero_shot, best, worst)),
             ("layers", over(seeds, *layers)),
         ]
 
@@ -154,12 +153,20 @@ def studies():
         ("main", over(few, *main)),
         ("longer", over(few, LORA | {"steps": 96})),
         *second([1, 2]),
+        ("libraries", over([1], {"steps": libraries.STEPS})),
         ("alpha", over([0], *alphas)),
-        *second([3]),
+        ("libraries", over([2], {"steps": libraries.STEPS})),
+        ("bases", over([1, 2], *between)),
+        ("change", over([3], *changes)),
+        ("ranks", over([3], *ranks)),
         ("main", over(more, *main)),
         ("longer", over(more, LORA | {"steps": 96})),
+        ("bases", over([3, *more], zero_shot, best, worst)),
         ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
         ("half as long", over(few, {"steps": libraries.STEPS // 2, "sums": False})),
+        ("libraries", over([3, 4], {"steps": libraries.STEPS})),
+        ("layers", over([3], *layers)),
+        ("bases", over([3], *between)),
         *second(more),
         ("change", over([*few, *more], FULL | {"cuts": (8, 384), "decay": 0.0})),
     ]
