@@ -161,7 +161,7 @@ def studies():
         ("ranks", over([3], *ranks)),
         ("main", over(more, *main)),
         ("longer", over(more, LORA | {"steps": 96})),
-        ("bases", over([3, *more], zero_shot, best, worst)),
+        ("bases", over([3], zero_shot, best, worst)),
         ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
         ("half as long", over(few, {"steps": libraries.STEPS // 2, "sums": False})),
         ("libraries", over([3, 4], {"steps": libraries.STEPS})),
