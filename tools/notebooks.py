@@ -59,6 +59,8 @@ def faults_of_execution(cell, executed):
             yield "output ignored without a reason: set nbval_reason"
         if "assert " not in cell.source:
             yield "output ignored, and no assert beside it in the cell"
+    elif "nbval_reason" in cell.metadata:
+        yield "a reason to ignore the output, but no tag nbval-ignore-output"
     if tolerance and len(tolerance.get("reason", "")) < 20:
         yield "a tolerance without a reason: set it in the metadata"
 

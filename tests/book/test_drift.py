@@ -16,7 +16,7 @@ from bound import KEY, faults_of_text, known_values, outside, texts
 from bound import faults as unbound
 from figures import difference
 from listings import drift, listing_cells, package
-from notebooks import faults
+from notebooks import FOLDED, faults
 from register import BASE, BOOK, BRANCH, COLAB, REPOSITORY, ROOT, chapters
 from run import run as store_run
 from run import tables
@@ -46,6 +46,10 @@ def first(notebook, what):
     """The first code cell with this tag, or with a figure or table."""
     for cell in code_cells(notebook):
         if what in cell.metadata.get("tags", []):
+            return cell
+        if what == "open" and not {*FOLDED, "listing"} & set(
+            cell.metadata.get("tags", [])
+        ):
             return cell
         kind = {"figure": "image/png", "table": "text/html"}.get(what)
         if kind and any(kind in output.get("data", {}) for output in cell.outputs):
@@ -194,6 +198,11 @@ FAULTS = {
         lambda cell: cell.update(source=cell.source.replace("assert ", "check = ")),
         "no assert beside it",
     ),
+    "a reason without its tag": (
+        "nbval-ignore-output",
+        lambda cell: cell.metadata.tags.remove("nbval-ignore-output"),
+        "no tag nbval-ignore-output",
+    ),
     "a tolerance without a reason": (
         "listing",
         lambda cell: cell.metadata.update(tolerance={"absolute": 1}),
@@ -245,7 +254,7 @@ FAULTS = {
         "folded here, open in JupyterLab",
     ),
     "a long cell": (
-        "table",
+        "open",
         lambda cell: cell.update(source=cell.source + "\nx = 1" * 15),
         "15 at most",
     ),
@@ -400,7 +409,7 @@ def test_edited_outputs_numbers_and_figures(clone):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("p.requires_grad_(False)", "p.requires_grad_(True)"),
+        ("module.requires_grad_(False)", "module.requires_grad_(True)"),
         ("self.scale = float(alpha / rank)", "self.scale = float(2 * alpha / rank)"),
     ],
 )

@@ -114,7 +114,7 @@ def test_run_syncs_and_executes_it(ninth):
         "test_notebooks.py::test_no_fault[09-dummy]",
         "test_bound.py::test_numbers_of_chapters[09-dummy]",
         "test_colab.py::test_runs_alone[09-dummy]",
-        "test_pages.py::test_search_finds[book/09-dummy]",
+        "test_pages.py::test_a_search_lands_in_its_section[book/09-dummy]",
         "test_pages.py::test_page_fits[book/09-dummy]",
     ],
 )
