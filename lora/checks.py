@@ -156,7 +156,7 @@ def choose(module, found, layers, kinds, targets):
     if not isinstance(targets, str | re.Pattern | None):
         raise TypeError(f"targets must be a regular expression, got {targets!r}")
     try:
-        pattern = re.compile("" if targets is None else targets)
+        pattern = None if targets is None else re.compile(targets)
     except re.error as fault:
         message = f"targets must be a regular expression, got {targets!r}: {fault}"
         raise ValueError(message) from None
@@ -164,7 +164,7 @@ def choose(module, found, layers, kinds, targets):
     wanted = {
         layer
         for name, layer in there.items()
-        if targets is None or pattern.fullmatch(name)
+        if pattern is None or pattern.fullmatch(name)
     }
     tied = find_tied(module, wanted)
     chosen = wanted - tied

@@ -435,8 +435,9 @@ def test_a_class_that_opts_in_is_a_base(dtype, bias, training):
     assert type(layer.base) is Packed and type(layer.base.inner) is nn.Linear
     assert layer.A.dtype == torch.promote_types(dtype, torch.float32)
     awake(layer)
-    y = layer(x)
+    y, rng = layer(x), torch.get_rng_state()
     merged = merge_lora(model)[0]
+    assert torch.equal(torch.get_rng_state(), rng)
     assert type(merged) is nn.Linear and merged.weight.dtype == dtype
     assert merged.training is training
     assert not any(p.requires_grad for p in merged.parameters())
@@ -675,6 +676,28 @@ def test_a_target_gets_its_wrapper_under_all_its_names():
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})
     assert inject_lora(model, targets="b") == [model["a"]] == [model["b"]]
     assert type(model["c"]) is nn.Linear
+
+
+def test_a_name_that_begins_like_another_is_found():
+    model = nn.ModuleDict({"fc": nn.Linear(2, 2), "fc2": nn.Linear(2, 2)})
+    assert len(inject_lora(model)) == 2
+    merge_lora(model)
+    assert type(model["fc"]) is type(model["fc2"]) is nn.Linear
+
+
+def test_layers_that_share_their_bias_alone_are_wrapped():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["a"].bias = model["b"].bias
+    assert len(inject_lora(model)) == 2
+    with pytest.raises(ValueError, match="cannot merge a: another module shares"):
+        merge_lora(model)
+
+
+def test_layers_tied_to_each_other_are_all_named():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["a"].weight = model["b"].weight
+    with pytest.raises(ValueError, match="tied to another module: a, b; "):
+        inject_lora(model)
 
 
 def test_a_tied_layer_is_left_alone_with_a_warning():
