@@ -1,0 +1,186 @@
+"""A frozen base in four bits: NF4, blocks, double quantisation, a linear layer.
+
+A number is stored as the index of the nearest of sixteen levels, two indices a byte,
+and each block of numbers shares one scale, the largest absolute value in it (Dettmers
+et al. 2023, QLoRA, arXiv:2305.14314, section 3; the bytes are those of bitsandbytes).
+Bad arguments raise TypeError or ValueError that name the argument. Chapter 6 of the
+book builds this file.
+"""
+
+import warnings
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora import checks
+from lora.core import find, freeze_all
+from lora.formats import DYNAMIC, NF4, check_weight, scaled_back, to_codes
+
+
+def quantize(weight, block=64):
+    """Four bits for each number of `weight`: codes and scales (QLoRA, section 3).
+
+    `weight` is a floating-point tensor of any shape with n numbers, which are taken row
+    by row. Returns codes, uint8 of shape (⌈n / 2⌉,), two a byte, the first in the
+    upper half; and scales, float32 of shape (⌈n / block⌉,). Raises TypeError or
+    ValueError unless `weight` is such a tensor, not empty and finite, and `block` an
+    integer of at least 1.
+    """
+    flat, block = check_weight(weight, block)
+    codes, scales = to_codes(flat, NF4, block)
+    codes = F.pad(codes, (0, len(codes) % 2), value=7).view(-1, 2)  # 7: zero
+    return codes[:, 0] * 16 + codes[:, 1], scales
+
+
+def dequantize(codes, scales, shape, block=64):
+    """The weight that `quantize` stored, of the given `shape`, in float32."""
+    pairs = torch.cartesian_prod(NF4, NF4).to(codes.device)  # byte -> its two levels
+    values = F.embedding(codes.int(), pairs).flatten()[: torch.Size(shape).numel()]
+    return scaled_back(values, scales, block).view(shape)
+
+
+def double_quantize(scales, block=256):
+    """Eight bits for each scale of `quantize`: three tensors (QLoRA, section 3).
+
+    The mean is subtracted, blocks of `block` scales share a scale of their own. For n
+    scales returns codes, uint8 (n,); scales, float32 (⌈n / block⌉,); and the mean,
+    float32 (). Raises what `quantize` raises.
+    """
+    flat, _ = check_weight(scales, block, "scales")
+    mean = flat.mean()
+    centred, block = check_weight(flat - mean, block, "scales minus their mean")
+    return *to_codes(centred, DYNAMIC, block), mean
+
+
+def double_dequantize(codes, scales, mean, block=256):
+    """The scales (n,) that `double_quantize` stored, in float32."""
+    values = DYNAMIC.to(codes.device)[codes.int()]
+    return scaled_back(values, scales, block) + mean
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x Wᵀ + b for a stored W, which is dequantised anew in the backward pass.
+
+    So that no dense weight stays alive in between: what is kept is what is stored.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, dense, *stored):
+        ctx.save_for_backward(*stored)
+        ctx.dense = dense
+        return F.linear(x, dense(*stored), bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        x_needs, bias_needs = ctx.needs_input_grad[:2]
+        x_grad = g @ ctx.dense(*ctx.saved_tensors).to(g.dtype) if x_needs else None
+        bias_grad = g.flatten(0, -2).sum(0) if bias_needs else None
+        return x_grad, bias_grad, *[None] * (1 + len(ctx.saved_tensors))
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weight is stored in four bits (QLoRA, section 3).
+
+    Maps x (..., in_features) to x Wᵀ + b, (..., out_features), with W dequantised for
+    each call. All of `stored` is bytes, float32 scales too, so `.half()` and `.to()`
+    leave it as it is; they set the dtype of W, of b and of x, as in `nn.Linear`. The
+    bias is copied, not quantised. Made by `from_linear`.
+    """
+
+    def __init__(self, weight, bias=None, block=64, double=True):
+        super().__init__()
+        codes, scales = quantize(weight, block)
+        parts = [codes, *(double_quantize(scales) if double else [scales])]
+        self.out_features, self.in_features = weight.shape
+        self.block, self.is_double = int(block), bool(double)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        for name, part in zip(("codes", "scales", "scales_of_scales", "mean"), parts):
+            self.register_buffer(name, part.flatten().view(torch.uint8))
+        layout = torch.tensor([*weight.shape, block], device=weight.device)
+        self.register_buffer("layout", layout)
+        self.register_buffer("like", weight.new_empty(0), persistent=False)
+        freeze_all(self)
+
+    @classmethod
+    def from_linear(cls, linear, block=64, double=True):
+        """The quantised copy of a plain `nn.Linear`, which stays as it is.
+
+        `block` numbers share a scale; with `double` the scales are quantised, too.
+        Raises TypeError if `linear` is anything else, also if it is quantised already,
+        and what `quantize` raises.
+        """
+        if not isinstance(linear, nn.Linear):
+            kind = type(linear).__name__
+            raise TypeError(f"linear must be a plain nn.Linear, got {kind}")
+        weight = checks.check_base("linear", linear)
+        return cls(weight, linear.bias, block, double).train(linear.training)
+
+    def stored(self):
+        """What W is made of: codes and scales, or codes and the three of `double`."""
+        names = ("codes", "scales", "scales_of_scales", "mean")
+        return [getattr(self, n) for n in names[: 4 if self.is_double else 2]]
+
+    def dense(self, codes, scales, *more):
+        """W, (out_features, in_features), of the bytes that `stored` returns."""
+        if more:
+            wide, mean = (part.view(torch.float32) for part in more)
+            scales = double_dequantize(scales, wide, mean)
+        shape = self.out_features, self.in_features
+        weight = dequantize(codes, scales.view(torch.float32), shape, self.block)
+        return weight.to(self.like.dtype)
+
+    def dense_weight(self):
+        """W, (out_features, in_features), a new tensor: this makes the layer a base."""
+        return self.dense(*self.stored())
+
+    weight = property(dense_weight)  # attention reads `layer.weight`
+
+    def forward(self, x):
+        return FrozenProduct.apply(x, self.bias, self.dense, *self.stored())
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        saved = state.get(f"{prefix}layout", self.layout).tolist()
+        if saved != self.layout.tolist():  # else bytes would land in the wrong places
+            args[-1].append(
+                f"{prefix}layout (out_features, in_features, block) is "
+                f"{self.layout.tolist()} here, {saved} in the file"
+            )
+        else:
+            super()._load_from_state_dict(state, prefix, *args)
+
+    def extra_repr(self):
+        text = f"in_features={self.in_features}, out_features={self.out_features}, "
+        has_bias = self.bias is not None
+        return f"{text}bias={has_bias}, block={self.block}, double={self.is_double}"
+
+
+def quantize_model(model, targets=None, block=64, double=True):
+    """Store the linear layers inside `model` in four bits, in place; return the new.
+
+    All of them, or those whose whole qualified name matches the regular expression
+    `targets`: the same rule, and the same refusals, as in `inject_lora`. A quantised
+    layer is left alone: a second call changes nothing, not even the block, and returns
+    []. A layer whose weight another module uses is left alone with a warning. Raises
+    ValueError if `model` is itself a layer or none is left, and what `from_linear`
+    raises, with the layer's name; then nothing has changed.
+    """
+    kinds = nn.Linear, NF4Linear
+    if isinstance(model, kinds):
+        kind = type(model).__name__
+        raise ValueError(f"cannot replace the root {kind}: use NF4Linear.from_linear")
+    found = find(model, kinds)
+    chosen, new = checks.choose(model, found, found, kinds, targets), {}
+    others = checks.other_matrices(model, found.values())
+    if targets is None and others:
+        note = f"only linear layers are quantised, left as they are: {others}"
+        warnings.warn(note, stacklevel=2)
+    for name, layer in chosen.items():
+        if layer not in new and not isinstance(layer, NF4Linear):
+            try:
+                new[layer] = NF4Linear.from_linear(layer, block, double)
+            except (TypeError, ValueError) as fault:
+                raise type(fault)(f"{name}: {fault}") from None
+    for name, layer in chosen.items():
+        model.set_submodule(name, new.get(layer, layer))
+    return list(new.values())
