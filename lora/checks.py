@@ -96,6 +96,25 @@ def no_autocast(device):
     return torch.autocast(device.type.replace("meta", "cpu"), enabled=False)
 
 
+def merged_weight(name, wrapper):
+    """W + (alpha / r) B A of a LoRALinear, as a parameter (d_out, d_in).
+
+    Raises ValueError if the wrapper has a hook, which a merged layer would not have, or
+    if the sum overflows the dtype of W: if it is not finite though W, A and B are.
+    """
+    kinds = "forward", "forward_pre", "backward", "backward_pre"
+    hooks = [kind for kind in kinds if vars(wrapper)[f"_{kind}_hooks"]]
+    if hooks:
+        got = f"its wrapper has a {hooks[0].replace('_', ' ')} hook"
+        raise ValueError(f"cannot merge {name}: {got}, which would be lost")
+    weight = wrapper.weight.detach()
+    if not weight.is_meta and not weight.isfinite().all():
+        parts = dense_weight(wrapper.base), wrapper.A, wrapper.B
+        if all(part.isfinite().all() for part in parts):
+            raise ValueError(f"cannot merge {name}: the sum overflows {weight.dtype}")
+    return nn.Parameter(weight)
+
+
 def kinds_of_base(target_class):
     """`target_class`; by default every `nn.Linear` and every class that opts in."""
     return (nn.Linear, DenseWeight) if target_class is nn.Linear else target_class
@@ -141,6 +160,18 @@ def other_matrices(module, found):
     return ", ".join(f"{n} {kind}" for kind, n in kinds.items())
 
 
+def listed(names):
+    """The names as a text; of five or more that differ in a number, the outer two."""
+    groups = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    texts = (
+        ", ".join(g) if len(g) < 5 else f"{g[0]}, ..., {g[-1]} ({len(g)})"
+        for g in groups.values()
+    )
+    return ", ".join(texts) or "none"
+
+
 def choose(module, found, layers, kinds, targets):
     """The named layers that `inject_lora` has to replace, in order.
 
@@ -156,7 +187,7 @@ def choose(module, found, layers, kinds, targets):
     if not isinstance(targets, str | re.Pattern | None):
         raise TypeError(f"targets must be a regular expression, got {targets!r}")
     try:
-        pattern = re.compile("" if targets is None else targets)
+        pattern = None if targets is None else re.compile(targets)
     except re.error as fault:
         message = f"targets must be a regular expression, got {targets!r}: {fault}"
         raise ValueError(message) from None
@@ -164,18 +195,17 @@ def choose(module, found, layers, kinds, targets):
     wanted = {
         layer
         for name, layer in there.items()
-        if targets is None or pattern.fullmatch(name)
+        if pattern is None or pattern.fullmatch(name)
     }
     tied = find_tied(module, wanted)
     chosen = wanted - tied
     others = other_matrices(module, found.values())
     if not chosen:
         asked = "" if targets is None else f" whose name is {targets!r}"
-        names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in there)
         raise ValueError(
             f"no layer{asked} to adapt in {type(module).__name__}. "
-            f"Layers: {', '.join(names) or 'none'}; tied to another module: "
-            f"{', '.join(n for n in there if there[n] in tied) or 'none'}; "
+            f"Layers: {listed(there)}; tied to another module: "
+            f"{listed(n for n in there if there[n] in tied)}; "
             f"other modules with matrices: {others or 'none'}"
         )
     bare = {n: m for n, m in there.items() if m in chosen and found[n] is m}

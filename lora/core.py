@@ -87,14 +87,16 @@ class LoRALinear(nn.Module):
         """The base's bias, shape (d_out,), or None."""
         return self.base.bias
 
-    def merged(self):
+    def merged(self, name="base"):
         """A frozen `nn.Linear` with weight W + (alpha / r) B A and the base's bias.
 
         A new layer in the dtype of W; the wrapper and its base stay as they are. It is
-        of the base's own class where that is an `nn.Linear`.
+        of the base's own class where that is an `nn.Linear`. Raises an error that calls
+        the layer `name`: TypeError if the base is no base any more, ValueError if the
+        wrapper has a hook or the sum overflows the dtype of W.
         """
-        checks.check_base("base", self.base)
-        base, weight, bias = self.base, nn.Parameter(self.weight.detach()), self.bias
+        checks.check_base(name, self.base)
+        base, bias, weight = self.base, self.bias, checks.merged_weight(name, self)
         if checks.opts_in(base):
             layer = nn.Linear(*reversed(weight.shape), device="meta")
             layer.weight = weight
@@ -155,14 +157,14 @@ def merge_lora(module):
     replaces each wrapper inside it by its merged layer, in place, and returns the
     module: layer types, `state_dict` keys and parameter count are the base model's
     again, where the bases were `nn.Linear`. Raises ValueError, before any change, if
-    another part of `module` uses a wrapper's base, its weight or its bias too. It
-    cannot see what lies outside `module`: pass the whole model.
+    another part of `module` uses a wrapper's base, its weight or its bias too, and what
+    `merged` raises. It cannot see what lies outside `module`: pass the whole model.
     """
     if isinstance(module, LoRALinear):
         return module.merged()
     wrappers = find(module, LoRALinear)
     checks.check_unshared(module, wrappers)
-    merged = {w: w.merged() for w in dict.fromkeys(wrappers.values())}
+    merged = {w: w.merged(name) for name, w in wrappers.items()}
     for name, w in wrappers.items():
         module.set_submodule(name, merged[w])
     return module

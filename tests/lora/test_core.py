@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import io
+import math
 import pickle
 import re
 import shutil
@@ -435,8 +436,9 @@ def test_a_class_that_opts_in_is_a_base(dtype, bias, training):
     assert type(layer.base) is Packed and type(layer.base.inner) is nn.Linear
     assert layer.A.dtype == torch.promote_types(dtype, torch.float32)
     awake(layer)
-    y = layer(x)
+    y, rng = layer(x), torch.get_rng_state()
     merged = merge_lora(model)[0]
+    assert torch.equal(torch.get_rng_state(), rng)
     assert type(merged) is nn.Linear and merged.weight.dtype == dtype
     assert merged.training is training
     assert not any(p.requires_grad for p in merged.parameters())
@@ -660,7 +662,8 @@ def test_targets_match_whole_names(targets, names):
     model = nn.Sequential(*blocks)
     if names is None:
         before = snapshot(model)
-        with pytest.raises(ValueError, match=r"Layers: \*\.q, \*\.k, \*\.v; tied"):
+        there = r"Layers: 0\.q, 1\.q, 0\.k, 1\.k, 0\.v, 1\.v; tied"
+        with pytest.raises(ValueError, match=there):
             inject_lora(model, targets=targets)
         assert_unchanged(model, before)
     else:
@@ -670,11 +673,45 @@ def test_targets_match_whole_names(targets, names):
         assert inject_lora(model, targets=targets) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "there"),
+    [(4, "0.q, 1.q, 2.q, 3.q, head"), (12, "0.q, ..., 11.q (12), head")],
+)
+def test_the_layers_that_there_are_are_listed_by_name(number, there):
+    blocks = [nn.ModuleDict({"q": nn.Linear(2, 2)}) for _ in range(number)]
+    model = nn.Sequential(*blocks)
+    model.head = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=re.escape(f"Layers: {there}; tied")):
+        inject_lora(model, targets="none")
+
+
 def test_a_target_gets_its_wrapper_under_all_its_names():
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})
     assert inject_lora(model, targets="b") == [model["a"]] == [model["b"]]
     assert type(model["c"]) is nn.Linear
+
+
+def test_a_name_that_begins_like_another_is_found():
+    model = nn.ModuleDict({"fc": nn.Linear(2, 2), "fc2": nn.Linear(2, 2)})
+    assert len(inject_lora(model)) == 2
+    merge_lora(model)
+    assert type(model["fc"]) is type(model["fc2"]) is nn.Linear
+
+
+def test_layers_that_share_their_bias_alone_are_wrapped():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["a"].bias = model["b"].bias
+    assert len(inject_lora(model)) == 2
+    with pytest.raises(ValueError, match="cannot merge a: another module shares"):
+        merge_lora(model)
+
+
+def test_layers_tied_to_each_other_are_all_named():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["a"].weight = model["b"].weight
+    with pytest.raises(ValueError, match="tied to another module: a, b; "):
+        inject_lora(model)
 
 
 def test_a_tied_layer_is_left_alone_with_a_warning():
@@ -750,6 +787,53 @@ def test_merging_is_in_float32_even_if_the_adapters_are_not():
     exact = wide.base.weight + wide.scale * (wide.B @ wide.A)
     error = (layer.merged().weight.double() - exact).abs()
     assert (error <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_sum_that_overflows_is_not_merged(single, dtype):
+    model = mlp(dtype)
+    wrapper = inject_lora(model, rank=1, alpha=1)[1]
+    nn.init.constant_(wrapper.A, 1)
+    nn.init.constant_(wrapper.B, torch.finfo(dtype).max / 2)
+    assert merge_lora(copy.deepcopy(wrapper)).weight.isfinite().all()
+    wrapper.scale = 3.0
+    before = snapshot(model)
+    name, kind = "base" if single else "2", str(dtype)
+    with pytest.raises(ValueError, match=f"^cannot merge {name}: .* overflows {kind}$"):
+        merge_lora(wrapper if single else model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("part", ["base.weight", "A", "B"])
+def test_what_is_not_finite_already_is_merged_as_it_is(part):
+    layer = awake(LoRALinear(nn.Linear(3, 2)))
+    layer.get_parameter(part).data[0, 0] = math.inf
+    merged = merge_lora(layer).weight
+    assert torch.equal(merged.isfinite(), layer.weight.isfinite())
+    assert not merged.isfinite().all()
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize(
+    ("register", "what"),
+    [
+        ("register_forward_hook", "forward"),
+        ("register_forward_pre_hook", "forward pre"),
+        ("register_full_backward_hook", "backward"),
+        ("register_full_backward_pre_hook", "backward pre"),
+    ],
+)
+def test_a_wrapper_with_a_hook_is_not_merged(register, what, single):
+    model = mlp()
+    wrapper = inject_lora(model)[1]
+    hook = getattr(wrapper, register)(lambda *args: None)
+    before, name = snapshot(model), "base" if single else "2"
+    with pytest.raises(ValueError, match=f"^cannot merge {name}: .* a {what} hook, wh"):
+        merge_lora(wrapper if single else model)
+    assert_unchanged(model, before)
+    hook.remove()
+    assert type(merge_lora(wrapper)) is nn.Linear
 
 
 def test_merging_a_model_without_wrappers_changes_nothing():
@@ -988,7 +1072,7 @@ def test_numbers_of_other_libraries_are_accepted():
             "Layers: none; tied .*: none; other modules with matrices: 1 Conv1d$",
         ),
         (mlp(), {"target_class": nn.Conv2d}, ValueError, "Layers: none; .* 2 Linear$"),
-        (mlp(), {"targets": "3"}, ValueError, r"whose name is '3' to adapt .*: \*; "),
+        (mlp(), {"targets": "3"}, ValueError, "name is '3' to adapt .*: 0, 2; tied"),
         (mlp(), {"targets": ["0"]}, TypeError, r"regular expression, got \['0'\]"),
         (mlp(), {"targets": "("}, ValueError, r"regular expression, got '\(': miss"),
         (mlp(), {"rank": 0}, ValueError, "rank must be an integer of at least 1"),
