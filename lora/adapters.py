@@ -64,13 +64,14 @@ def adapted(model, *names, idle=()):
 
     Raises ValueError if one is not, or a field of the state in `idle` is in use.
     """
-    layers = find(model, AdapterLinear)
+    layers = find(guards.module(model), AdapterLinear)
     return layers, guards.check_layers(layers, names, idle)
 
 
 def bases(model):
     """Qualified name -> layer, for each layer that has or may get an adapter."""
-    found = find(model, (LoRALinear, checks.kinds_of_base(nn.Linear)))
+    kinds = LoRALinear, checks.kinds_of_base(nn.Linear)
+    found = find(guards.module(model), kinds)
     return {n: m.base if isinstance(m, AdapterLinear) else m for n, m in found.items()}
 
 
