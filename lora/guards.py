@@ -67,7 +67,7 @@ def check_new(layers, bases, name):
             raise ValueError(f"{n} has an update without a name: call merge_lora first")
 
 
-def choose(model, bases, targets, adapted):
+def pick(model, bases, targets, adapted):
     """The layers (name -> base) that `targets` matches, as `inject_lora` has it."""
     kinds = checks.kinds_of_base(nn.Linear)
     # Without `targets`, A and B of other adapters would be warned of as left out.
