@@ -64,13 +64,14 @@ def adapted(model, *names, idle=()):
 
     Raises ValueError if one is not, or a field of the state in `idle` is in use.
     """
-    layers = find(model, AdapterLinear)
+    layers = find(guards.module(model), AdapterLinear)
     return layers, guards.check_layers(layers, names, idle)
 
 
 def bases(model):
     """Qualified name -> layer, for each layer that has or may get an adapter."""
-    found = find(model, (LoRALinear, checks.kinds_of_base(nn.Linear)))
+    kinds = LoRALinear, checks.kinds_of_base(nn.Linear)
+    found = find(guards.module(model), kinds)
     return {n: m.base if isinstance(m, AdapterLinear) else m for n, m in found.items()}
 
 
@@ -105,7 +106,7 @@ def add_adapter(model, name, targets=None, rank=4, alpha=8.0):
     or one that is not of letters, digits, `_` and `-`, for an expression that matches
     nothing, and for ranks and alphas that `LoRALinear` refuses.
     """
-    chosen = guards.choose(model, bases(model), targets, adapted(model)[0])
+    chosen = guards.pick(model, bases(model), targets, adapted(model)[0])
     attach(model, name, guards.settings(chosen, rank, alpha))
 
 
@@ -203,7 +204,7 @@ def load_adapter(model, folder, name=None):
     """
     said, layers = files.read_adapter(folder, guards.most_bytes(model))
     name, targets = said if name is None else name, "|".join(map(re.escape, layers))
-    chosen = guards.choose(model, bases(model), targets, True)
+    chosen = guards.pick(model, bases(model), targets, True)
     attach(model, name, guards.fit(chosen, layers, folder))
     return name
 

@@ -183,7 +183,7 @@ def write_adapter(folder, name, layers):
     tensors, found, settings = {}, {}, {"rank": {}, "alpha": {}}
     for layer, update in layers.items():
         for letter in "AB":
-            factor = getattr(update, letter).detach().cpu().contiguous()
+            factor = getattr(update, letter).detach().cpu().contiguous().clone()
             if not factor.isfinite().all():
                 raise ValueError(f"{letter} of {layer} must be finite, got NaN or inf")
             tensors[f"base_model.model.{layer}.lora_{letter}.weight"] = factor

@@ -21,6 +21,13 @@ class State:
     merged: str | None = None  # the adapter that `merge_adapter` folded in
 
 
+def module(model):
+    """Return `model` if it is a module that may hold adapters, or raise TypeError."""
+    if not isinstance(model, nn.Module) or isinstance(model, LoRALinear):
+        raise TypeError(f"model must hold linear layers, got {type(model).__name__}")
+    return model
+
+
 def known(layers):
     """The names of the adapters of the AdapterLinears in `layers`, each once."""
     return list(dict.fromkeys(n for m in layers.values() for n in m.adapters))
@@ -60,10 +67,8 @@ def check_new(layers, bases, name):
             raise ValueError(f"{n} has an update without a name: call merge_lora first")
 
 
-def choose(model, bases, targets, adapted):
+def pick(model, bases, targets, adapted):
     """The layers (name -> base) that `targets` matches, as `inject_lora` has it."""
-    if not isinstance(model, nn.Module) or isinstance(model, LoRALinear):
-        raise TypeError(f"model must hold linear layers, got {type(model).__name__}")
     kinds = checks.kinds_of_base(nn.Linear)
     # Without `targets`, A and B of other adapters would be warned of as left out.
     targets = ".*" if targets is None and adapted else targets
@@ -137,9 +142,7 @@ def check_weights(weights, rank):
 
 def most_bytes(model):
     """How large the file of an adapter for `model` may be: four times the model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return 2**20 + 4 * sum(p.nbytes for p in model.parameters())
+    return 2**20 + 4 * sum(p.nbytes for p in module(model).parameters())
 
 
 def fit(chosen, layers, folder):
