@@ -6,7 +6,8 @@ NOTEBOOKS := $(wildcard book/[0-9]*.ipynb)
 PROSE := book lora tests tools $(wildcard *.md) Makefile
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
-.PHONY: help book pdf test style mutants sceptic sync run reproduce links lab clean
+.PHONY: help book pdf test style mutants sceptic sync experiments again run reproduce
+.PHONY: alone links lab clean
 .PHONY: torch-oldest torch-newest
 .DEFAULT_GOAL := help
 
@@ -52,7 +53,13 @@ sync: .venv/installed  ## rewrite what is written by machine: listings, tables o
 	$(BIN)/python tools/run.py sync
 
 experiments: .venv/installed  ## make the recorded runs of Part II that are not there yet (ONLY=STUDY)
-	$(BIN)/python tools/experiments.py $(ONLY)
+	$(BIN)/python tools/experiments.py run $(if $(ONLY),'$(ONLY)')
+
+again: .venv/installed  ## make recorded runs again and compare them (ONLY=STUDY)
+	$(BIN)/python tools/experiments.py compare $(if $(ONLY),'$(ONLY)')
+
+alone: .venv/installed  ## each chapter whole, as on Colab: an empty folder, lora from git
+	WHOLE=1 $(BIN)/python -m pytest -q tests/book/test_colab.py
 
 run: .venv/installed  ## sync, execute the chapters, store outputs and bound numbers (ONLY=NAME for one)
 	$(BIN)/python tools/run.py run $(ONLY)

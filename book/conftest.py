@@ -1,10 +1,15 @@
 """What nbval leaves out: figures, bound numbers, results within a stated tolerance."""
 
+import os
+
 import pytest
 from bound import computed, evaluate, local, reads
 from figures import difference, pictures
 from nbval.plugin import IPyNbCell
 from tolerance import differs, drawn, words
+
+# As in tools/run.py: no progress bars among the outputs, nothing from the network.
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.hookimpl(wrapper=True)

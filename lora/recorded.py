@@ -6,6 +6,7 @@ chapter makes some of them again. Chapter 4 of the book builds this file.
 """
 
 import importlib.metadata
+import json
 import time
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from torch import nn
 from lora import core, formats, search
 
 DATA = Path(__file__).parent / "data" / "runs.jsonl"
+STAMP = DATA.with_suffix(".json")  # its SHA-256 and the commits that made it
+# What a row depends on: the model's libraries, and those whose docstrings are read.
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
+PACKAGES += ("sympy", "networkx")
 TRAINED = search.LIBRARIES[:5]  # sympy and networkx are left out of training
 ALL = r"encoder\.layer\.\d\..*"
 DEFAULTS = {
@@ -55,23 +60,24 @@ def prepare(model, settings):
 
 
 def data(seed, libraries=TRAINED, shuffled=False):
-    """Training pairs of some libraries, and the pairs to report of all seven.
+    """(pairs to train on, pairs to choose by, pairs to report).
 
-    `shuffled` gives each name the sentence of another: there is nothing to learn.
+    The first is a list, of some `libraries`; the other two are dictionaries, library ->
+    50 and 150 pairs, of all seven. `seed` draws the pairs to report; those to choose by
+    stay. `shuffled` gives each name the sentence of another: nothing can be learned.
     """
     parts = {
         library: search.split(search.docstring_pairs(library), seed)
         for library in search.LIBRARIES
     }
+    if strange := [library for library in libraries if library not in parts]:
+        raise ValueError(f"libraries must be of {search.LIBRARIES}, got {strange}")
     train = [pair for library in libraries for pair in parts[library][0]]
     if shuffled:
         names, sentences = zip(*train)
         train = list(zip(names, sentences[1:] + sentences[:1]))
-    return (
-        train,
-        {k: part[1] for k, part in parts.items()},
-        {k: part[2] for k, part in parts.items()},
-    )
+    _, choose, report = zip(*parts.values())
+    return train, dict(zip(parts, choose)), dict(zip(parts, report))
 
 
 def ranks(model, tokenizer, tests):
@@ -89,10 +95,16 @@ def run(**settings):
     Settings that are not named are `DEFAULTS`. The row holds them, the rank of each
     query that is reported ("ranks") and of each query to choose by ("chosen"), the loss
     of each step, and the time of a step in forward passes of the base ("step_time").
+    Raises ValueError for a setting or a method that there is none of.
     """
+    if strange := settings.keys() - DEFAULTS.keys():
+        raise ValueError(f"settings are {[*DEFAULTS]}, got {sorted(strange)}")
     settings = DEFAULTS | settings
+    if settings["method"] not in ("lora", "full", "none"):
+        method = settings["method"]
+        raise ValueError(f"method must be 'lora', 'full' or 'none', got {method!r}")
     tokenizer, model = search.load_minilm()
-    train, choose, tests = data(settings["seed"], shuffled=settings["shuffled"])
+    train, choose, report = data(settings["seed"], shuffled=settings["shuffled"])
     probe = [name for name, _ in train[:32]] + [s for _, s in train[:32]]
     clock = []
     for _ in range(4):
@@ -116,15 +128,33 @@ def run(**settings):
     row["step_time"] = round(seconds / min(clock), 2)
     row["losses"] = [round(x, 3) for x in losses]
     row["chosen"] = ranks(model, tokenizer, choose)
-    row["ranks"] = ranks(model, tokenizer, tests)
+    row["ranks"] = ranks(model, tokenizer, report)
     return tokenizer, model, row
 
 
 def versions():
-    """The versions that a row depends on: of the model's libraries, of the data."""
-    names = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
-    names += ("sympy", "networkx")
-    return " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
+    """The versions of `PACKAGES` as a row holds them: "torch=2.13.0 ..."."""
+    found = ((name, importlib.metadata.version(name)) for name in PACKAGES)
+    return " ".join(f"{name}={version}" for name, version in found)
+
+
+def other_versions(row):
+    """Those of a row's versions that are not installed here, "" if all are.
+
+    The build of a version ("+cpu") is left aside.
+    """
+    here = {entry.partition("+")[0] for entry in versions().split()}
+    return " ".join(
+        entry
+        for entry in row["versions"].split()
+        if entry.partition("+")[0] not in here
+    )
+
+
+def points(row):
+    """100 times the mean reciprocal rank over all queries that a row reports."""
+    found = [1 / rank for ranks in row["ranks"].values() for rank in ranks]
+    return 100 * sum(found) / len(found)
 
 
 def layers(model):
@@ -133,6 +163,22 @@ def layers(model):
 
 
 def rows(study):
-    """The recorded runs of one study, a DataFrame with a row a run."""
-    table = pd.read_json(DATA, lines=True)
+    """The recorded runs of one study, a DataFrame with a row a run, as they were made.
+
+    Settings that are younger than a row have their default. Raises FileNotFoundError if
+    there is no file or nothing in it, ValueError if a line is cut or there is no such
+    study.
+    """
+    if not DATA.is_file() or not DATA.stat().st_size:
+        raise FileNotFoundError(f"{DATA} holds no runs: `make experiments` makes them")
+    found = []
+    for i, line in enumerate(DATA.read_text().splitlines(), 1):
+        try:
+            found.append(DEFAULTS | json.loads(line))
+        except ValueError:
+            message = f"line {i} of {DATA} is no JSON, cut? `make experiments` mends it"
+            raise ValueError(message) from None
+    table = pd.DataFrame(found)
+    if study not in set(table["study"]):
+        raise ValueError(f"study must be one of {[*table['study'].unique()]}")
     return table[table["study"] == study].reset_index(drop=True)

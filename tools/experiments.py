@@ -1,12 +1,19 @@
-"""`make experiments`: the recorded runs of Part II, one row a run, resumable.
+"""The recorded runs of Part II: one row a run, in `lora/data/runs.jsonl`.
 
-A study is a list of settings of `lora.recorded.run` (Chapters 5 and 6 have functions of
-their own). A run whose row is in the file already is not made again.
+run [STUDY]     `make experiments`: make the runs that are not there yet
+compare STUDY   make a study's runs again and compare with what is recorded
+stamp COMMIT    say which commit made rows that came from another clone
+
+A study is a list of settings of `lora.recorded.run`. Stopped at any moment, `run` goes
+on with the run that it was at. Beside the rows stands `runs.json`: their SHA-256 and
+the commits whose code made them. STUDY is a regular expression for the whole name.
 """
 
+import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,45 +23,80 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from register import ROOT
 
-from lora import formats, recorded, search
+from lora import formats, libraries, recorded, search
 
+EXTRAS = ("cuts", "bases", "sums")  # settings that add rows to a run's own
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
+# Between processors, training in float32 goes other ways: what may lie between the mean
+# reciprocal ranks of two runs of the same settings, in points.
+TOLERANCE = 1.0
 FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora", "lr": 2e-3}
 
 
 def search_run(settings):
-    """One row of Chapter 4; of full fine-tuning also its change, layer by layer."""
-    cuts, more = settings.pop("cuts", ()), settings.pop("bases", ())
+    """The rows of one run of Chapters 4 and 6, a list.
+
+    Of full fine-tuning the row also says how the change of each layer spreads over its
+    directions, and each of the `cuts` has a row of its own: the base with the change's
+    best approximation of that rank. `bases` are made in one go: most of a run without
+    training is its start.
+    """
+    settings = dict(settings)
+    cuts, bases = settings.pop("cuts", ()), settings.pop("bases", ())
     tokenizer, model, row = recorded.run(**settings)
-    yield row
-    for base, block in more:  # in one go: most of a zero-shot run is its start
-        yield recorded.run(**settings | {"base": base, "block": block})[2]
-    if settings["method"] != "full":
-        return
-    _, base = search.load_minilm()
-    changes = {
-        name: layer.weight.detach() - recorded.layers(base)[name].weight.detach()
+    found = [row]
+    for base, block in bases:
+        found.append(recorded.run(**settings | {"base": base, "block": block})[2])
+    if row["method"] == "full":
+        parts = decomposed(model)
+        row |= spectrum({name: S for name, (_, S, _) in parts.items()})
+        tests = recorded.data(row["seed"])[2]
+        for k in cuts:
+            ranks = recorded.ranks(truncated(parts, k), tokenizer, tests)
+            kept = {name: row[name] for name in recorded.DEFAULTS}
+            found.append(kept | {"cut": k, "ranks": ranks})
+    return found
+
+
+def decomposed(model):
+    """Name -> the singular value decomposition of a linear layer's change."""
+    base = recorded.layers(search.load_minilm()[1])
+    return {
+        name: torch.linalg.svd(
+            layer.weight.detach() - base[name].weight.detach(), full_matrices=False
+        )
         for name, layer in recorded.layers(model).items()
     }
-    parts = {
-        name: torch.linalg.svd(W, full_matrices=False) for name, W in changes.items()
+
+
+def spectrum(values):
+    """What a row keeps of the singular values of each layer: see `KS`."""
+    energy = {n: S.square().cumsum(0) / S.square().sum() for n, S in values.items()}
+    return {
+        "energy": {
+            n: [round(e[k - 1].item(), 4) for k in KS] for n, e in energy.items()
+        },
+        "rank_90": {n: 1 + int((e < 0.9).sum()) for n, e in energy.items()},
     }
-    energy = {
-        n: (S.square().cumsum(0) / S.square().sum()) for n, (_, S, _) in parts.items()
-    }
-    row["energy"] = {
-        n: [round(e[k - 1].item(), 4) for k in KS] for n, e in energy.items()
-    }
-    row["rank_90"] = {n: 1 + int((e < 0.9).sum()) for n, e in energy.items()}
-    tests = recorded.data(row["seed"])[2]
-    for k in cuts:
-        _, cut = search.load_minilm()
-        for name, layer in recorded.layers(cut).items():
-            U, S, V = parts[name]
-            layer.weight.data += (U[:, :k] * S[:k]) @ V[:k]
-        kept = {key: value for key, value in row.items() if key in recorded.DEFAULTS}
-        yield kept | {"cut": k, "ranks": recorded.ranks(cut, tokenizer, tests)}
+
+
+def truncated(parts, k):
+    """The base, with k directions of each linear layer's change added."""
+    _, model = search.load_minilm()
+    for name, layer in recorded.layers(model).items():
+        U, S, V = parts[name]
+        layer.weight.data += (U[:, :k] * S[:k]) @ V[:k]
+    return model
+
+
+def library_run(settings):
+    """The rows of Chapter 5 for one seed."""
+    return list(libraries.runs(**settings))
+
+
+MAKERS = {"libraries": library_run, "half as long": library_run}
 
 
 def over(seeds, *runs, **settings):
@@ -77,7 +119,6 @@ def studies():
             {"lr": FULL["lr"] / 2},
             {"lr": FULL["lr"] * 2},
             {"steps": 96},
-            {"decay": 0.0},
             {"shuffled": True, "cuts": ()},
         )
     ]
@@ -98,61 +139,191 @@ def studies():
     zero_shot = {"method": "none", "bases": zero_shot}
     best, worst = LORA | {"base": "NF4"}, LORA | {"base": "NF2"}
     between = [LORA | {"base": k} for k in ("NF3", "int8", "int4", "int3")]
+
+    def second(seeds):
+        return [
+            ("ranks", over(seeds, *ranks)),
+            ("change", over(seeds, *changes)),
+            ("bases", over(seeds, zero_shot, best, worst, *between)),
+            ("libraries", over(seeds, {"steps": libraries.STEPS})),
+            ("layers", over(seeds, *layers)),
+        ]
+
     return [
         ("rates", [{"method": m, "lr": r, "seed": 0} for m in rates for r in rates[m]]),
         ("main", over(few, *main)),
         ("longer", over(few, LORA | {"steps": 96})),
-        ("ranks", over(few, *ranks)),
-        ("change", over(few, *changes)),
-        ("layers", over(few, *layers)),
+        *second([1, 2]),
         ("alpha", over([0], *alphas)),
+        *second([3]),
         ("main", over(more, *main)),
         ("longer", over(more, LORA | {"steps": 96})),
-        ("change", over(more, *changes)),
-        ("bases", over([*few, *more], zero_shot)),
-        ("bases", over(few, best, worst, *between)),
-        ("bases", over(more, best, worst)),
         ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
+        ("half as long", over(few, {"steps": libraries.STEPS // 2, "sums": False})),
+        *second(more),
+        ("change", over([*few, *more], FULL | {"cuts": (8, 384), "decay": 0.0})),
     ]
 
 
 def one(job):
+    """(job, its rows, seconds of processor time), in a process of its own."""
     torch.set_num_threads(1)
     study, settings = job
     start = time.process_time()
-    found = [{"study": study, **row} for row in search_run(dict(settings))]
+    make = MAKERS.get(study, search_run)
+    found = [{"study": study} | row for row in make(settings)]
     return job, found, time.process_time() - start
 
 
 def key(row):
-    """What tells one run from another: its study and its settings."""
+    """What tells one row from another: its study, its settings, where it is cut."""
     settings = recorded.DEFAULTS | row
-    return json.dumps([row["study"], *(settings[k] for k in recorded.DEFAULTS)])
+    names = [*recorded.DEFAULTS, "cut", "adapter", "how"]
+    return json.dumps([row["study"], *(settings.get(k) for k in names)])
 
 
-def main(only=""):
-    made = map(json.loads, recorded.DATA.open()) if recorded.DATA.exists() else ()
-    done = {key(row) for row in made if "cut" not in row}
+def keys(job):
+    """The keys of all rows that a job makes."""
+    study, settings = job
+    row = {"study": study} | {k: v for k, v in settings.items() if k not in EXTRAS}
+    if MAKERS.get(study) is library_run:  # all of its rows are stored in one go
+        return [key(row | {"adapter": "base", "how": ""})]
+    more = [{"base": base, "block": n} for base, n in settings.get("bases", ())]
+    more += [{"cut": k} for k in settings.get("cuts", ())]
+    return [key(row | change) for change in [{}, *more]]
+
+
+def made():
+    """Key -> row, of all that is recorded. A last line that was cut is left out."""
+    text = recorded.DATA.read_text() if recorded.DATA.exists() else ""
+    *lines, last = text.split("\n")
+    rows = {}
+    for i, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(f"line {i} of {recorded.DATA} is no JSON") from None
+        if key(row) in rows:
+            raise ValueError(f"line {i} of {recorded.DATA} is there twice")
+        rows[key(row)] = row
+    if last:
+        print("the last line was cut: its run is made again", flush=True)
+    return rows
+
+
+def store(rows, commit):
+    """Replace the file in one go, so that no interruption cuts it, then stamp it."""
+    lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
+    new = recorded.DATA.with_suffix(".new")
+    new.write_text("".join(lines))
+    new.replace(recorded.DATA)
+    stamp(commit)
+
+
+def stamped():
+    """What the file's stamp says: {"sha256": ..., "rows": ..., "commits": [...]}."""
+    return json.loads(recorded.STAMP.read_text()) if recorded.STAMP.exists() else {}
+
+
+def digest():
+    """What the stamp must say of the rows that are there."""
+    data = recorded.DATA.read_bytes()
+    return {"sha256": hashlib.sha256(data).hexdigest(), "rows": data.count(b"\n")}
+
+
+def stamp(commit):
+    """Write down the checksum, and that `commit`, 40 hex digits, made some rows."""
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise ValueError(f"a commit has 40 hexadecimal digits, got {commit!r}")
+    commits = dict.fromkeys([*stamped().get("commits", []), commit])
+    text = json.dumps(digest() | {"commits": list(commits)}, indent=2)
+    recorded.STAMP.write_text(text + "\n")
+
+
+def commit():
+    """The commit whose code runs; refuses changes that no commit holds."""
+    code = ["lora", "tools/experiments.py", ":!lora/data"]
+    status, head = (
+        subprocess.run(
+            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for command in (["status", "--porcelain", "--", *code], ["rev-parse", "HEAD"])
+    )
+    if status:
+        raise SystemExit(f"Commit first, the rows name the commit:\n{status}")
+    return head
+
+
+def results(jobs):
+    """The rows of each job as soon as they are made, with a line that says so."""
+    workers = int(os.environ.get("WORKERS", "2"))
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(one, job) for job in jobs]
+        for n, future in enumerate(as_completed(futures), 1):
+            (study, settings), rows, seconds = future.result()
+            print(f"{n}/{len(jobs)} {study} {settings} {seconds:.0f} s", flush=True)
+            yield rows
+
+
+def selected(only=".*"):
+    """The jobs of the studies whose name matches; ValueError if there is none."""
     jobs = [
         (study, settings)
         for study, runs in studies()
         for settings in runs
-        if re.search(only, study) and key({"study": study} | settings) not in done
+        if re.fullmatch(only, study)
     ]
+    if not jobs:
+        names = ", ".join(dict.fromkeys(study for study, _ in studies()))
+        raise ValueError(f"no study matches {only!r}; there are {names}")
+    return jobs
+
+
+def run(only=".*"):
+    """Make the runs of which a row is missing, and record each as soon as it is made.
+
+    A run that is there in part is made again as a whole.
+    """
+    head, rows = commit(), made()
+    jobs = [job for job in selected(only) if not set(keys(job)) <= rows.keys()]
     print(f"{len(jobs)} runs to make", flush=True)
-    workers = int(os.environ.get("WORKERS", "2"))
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), max_tasks_per_child=1
-    ) as pool:
-        for n, future in enumerate(
-            as_completed(pool.submit(one, job) for job in jobs), 1
-        ):
-            (study, settings), found, seconds = future.result()
-            with recorded.DATA.open("a") as file:
-                file.writelines(
-                    json.dumps(row, separators=(",", ":")) + "\n" for row in found
-                )
-            print(f"{n}/{len(jobs)} {study} {settings} {seconds:.0f} s", flush=True)
+    for new in results(jobs):
+        rows = made()
+        for row in new:
+            rows.pop(key(row), None)
+        store([*rows.values(), *new], head)
+    if recorded.DATA.exists() and not digest().items() <= stamped().items():
+        print(f"{recorded.STAMP.name} is of other rows: see `stamp COMMIT`")
+    return 0
+
+
+def compare(only=".*"):
+    """Make runs again: 1 if a mean is more than TOLERANCE from the recorded one."""
+    rows, wrong, compared = made(), 0, 0
+    for row in (row for new in results(selected(only)) for row in new):
+        old = rows.get(key(row))
+        if old is None:
+            print(f"not recorded: {key(row)}")
+            wrong += 1
+            continue
+        if "versions" in row and (other := recorded.other_versions(old)):
+            print(f"recorded with other versions: {other}")
+            wrong += 1
+        then, now = recorded.points(old), recorded.points(row)
+        compared += 1
+        if not abs(then - now) <= TOLERANCE:
+            print(f"{then:.2f} recorded, {now:.2f} now: {key(row)}")
+            wrong += 1
+    print(f"{compared} rows compared, {wrong} faults")
+    return int(wrong > 0 or compared == 0)
+
+
+def main(command="run", *arguments):
+    commands = {"run": run, "compare": compare, "stamp": stamp}
+    if command not in commands:
+        raise SystemExit(__doc__)
+    return commands[command](*arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The series' claims and what came out, read from `book/claims.md`.
+"""The claims of the series and of the field and what came out: `book/claims.md`.
 
 A row there is one line:
 N. *claim* **Verdict**: text. [section](NN-name.ipynb#anchor) · `assertion` · `test`
@@ -33,17 +33,25 @@ def key(verdict):
     return verdict.lower().replace(" ", "-")
 
 
+def heading(part):
+    """What the page calls a part: the series has three, then chapters follow."""
+    return f"{'Part' if part <= 3 else 'Chapter'} {part}"
+
+
 def short(verdict):
     """The verdict as a label: `too strong`."""
     return VERDICTS[verdict][0].removeprefix("were ")
 
 
 def rows(text=None):
-    """The rows of the page in order; `verdict` is None unless there is just one."""
+    """The rows of the page in order; `verdict` is None unless there is just one.
+
+    `part` is that of the series, 1 to 3, or the chapter of Part II, from 4 on.
+    """
     part, found = 0, []
     text = text or (BOOK / "claims.md").read_text(encoding="utf-8")
     for line in text.splitlines():
-        if heading := re.match(r"## Part (\d+)", line):
+        if heading := re.match(r"## (?:Part|Chapter) (\d+)", line):
             part = int(heading[1])
         elif row := re.match(r"(\d+)\. \*", line):
             verdicts = VERDICT.findall(line)
@@ -103,7 +111,7 @@ def readme(counts):
         f"{BASE}book/claims.html",
     )
     return (
-        f"\nOf {total} claims that the series makes, {said}: "
+        f"\nOf {total} claims that the series makes or the field repeats, {said}: "
         f"[each with what shows it]({page}).\n\n"
         f"[![A bar of {total} claims: {said}.](book/_static/verdicts.svg)]({page})\n\n"
     )

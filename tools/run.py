@@ -5,6 +5,7 @@ run    the same, after executing the chapters and writing the bound numbers
 """
 
 import json
+import os
 import re
 import sys
 from datetime import date
@@ -25,6 +26,9 @@ from listings import package, sync
 from nbclient import NotebookClient
 from register import BOOK, ROOT, chapters, colab
 from tolerance import drawn
+
+# Kernels inherit it: no progress bars among the outputs, nothing from the network.
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 PLAIN = re.compile(r"<!-- [^\n]*? -->")
 

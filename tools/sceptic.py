@@ -7,6 +7,7 @@ defines something: imports, functions, literals.
 """
 
 import ast
+import os
 import re
 import sys
 import time
@@ -16,6 +17,8 @@ import nbformat
 import pandas as pd
 import torch
 from register import chapters
+
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # as in tools/run.py
 
 
 def definitions(cells):

