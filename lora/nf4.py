@@ -1,4 +1,4 @@
-"""A frozen base in four bits: NF4, blocks, double quantisation, a linear layer.
+"""A frozen base in four bits: NF4, blocks, double quantization, a linear layer.
 
 A number is stored as the index of the nearest of sixteen levels, two indices a byte,
 and each block of numbers shares one scale, the largest absolute value in it (Dettmers
@@ -60,7 +60,7 @@ def double_dequantize(codes, scales, mean, block=256):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ + b for a stored W, which is dequantised anew in the backward pass.
+    """x Wᵀ + b for a stored W, which is dequantized anew in the backward pass.
 
     So that no dense weight stays alive in between: what is kept is what is stored.
     """
@@ -82,10 +82,10 @@ class FrozenProduct(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A frozen linear layer whose weight is stored in four bits (QLoRA, section 3).
 
-    Maps x (..., in_features) to x Wᵀ + b, (..., out_features), with W dequantised for
+    Maps x (..., in_features) to x Wᵀ + b, (..., out_features), with W dequantized for
     each call. All of `stored` is bytes, float32 scales too, so `.half()` and `.to()`
     leave it as it is; they set the dtype of W, of b and of x, as in `nn.Linear`. The
-    bias is copied, not quantised. Made by `from_linear`.
+    bias is copied, not quantized. Made by `from_linear`.
     """
 
     def __init__(self, weight, bias=None, block=64, double=True):
@@ -104,10 +104,10 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear, block=64, double=True):
-        """The quantised copy of a plain `nn.Linear`, which stays as it is.
+        """The quantized copy of a plain `nn.Linear`, which stays as it is.
 
-        `block` numbers share a scale; with `double` the scales are quantised, too.
-        Raises TypeError if `linear` is anything else, also if it is quantised already,
+        `block` numbers share a scale; with `double` the scales are quantized, too.
+        Raises TypeError if `linear` is anything else, also if it is quantized already,
         and what `quantize` raises.
         """
         if not isinstance(linear, nn.Linear):
@@ -159,7 +159,7 @@ def quantize_model(model, targets=None, block=64, double=True):
     """Store the linear layers inside `model` in four bits, in place; return the new.
 
     All of them, or those whose whole qualified name matches the regular expression
-    `targets`: the same rule, and the same refusals, as in `inject_lora`. A quantised
+    `targets`: the same rule, and the same refusals, as in `inject_lora`. A quantized
     layer is left alone: a second call changes nothing, not even the block, and returns
     []. A layer whose weight another module uses is left alone with a warning. Raises
     ValueError if `model` is itself a layer or none is left, and what `from_linear`
@@ -173,7 +173,7 @@ def quantize_model(model, targets=None, block=64, double=True):
     chosen, new = checks.choose(model, found, found, kinds, targets), {}
     others = checks.other_matrices(model, found.values())
     if targets is None and others:
-        note = f"only linear layers are quantised, left as they are: {others}"
+        note = f"only linear layers are quantized, left as they are: {others}"
         warnings.warn(note, stacklevel=2)
     for name, layer in chosen.items():
         if layer not in new and not isinstance(layer, NF4Linear):

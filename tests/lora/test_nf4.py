@@ -131,13 +131,13 @@ def test_the_error_is_at_most_half_the_widest_gap():
     assert ((back - W).view(-1, 64).abs().amax(1) <= scale * NF4.diff().max() / 2).all()
     assert (back.view(-1, 64).abs().amax(1) == scale).all()
     again = dequantize(*quantize(back), W.shape)
-    assert torch.equal(again, back), "quantising a second time changes nothing"
+    assert torch.equal(again, back), "quantizing a second time changes nothing"
 
 
-# --- Double quantisation ---
+# --- Double quantization ---
 
 
-def test_double_quantisation_of_real_scales(minilm):
+def test_double_quantization_of_real_scales(minilm):
     differ = total = 0
     for layer in minilm.encoder.layer[0].modules():
         if isinstance(layer, nn.Linear):
@@ -158,7 +158,7 @@ def test_double_quantisation_of_real_scales(minilm):
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 700])
-def test_double_quantisation_by_hand(n):
+def test_double_quantization_by_hand(n):
     scales = torch.rand(n, generator=torch.Generator().manual_seed(n))
     codes, wide, mean = double_quantize(scales)
     assert len(codes) == n and len(wide) == -(-n // 256) and mean.shape == ()
@@ -171,7 +171,7 @@ def test_double_quantisation_by_hand(n):
 
 
 def test_a_quiet_block_among_loud_ones_is_lost_but_zeros_stay():
-    """What double quantisation costs: its error follows the loudest of 256 blocks."""
+    """What double quantization costs: its error follows the loudest of 256 blocks."""
     layer = nn.Linear(64, 8, bias=False)
     with torch.no_grad():
         layer.weight[0] = 0
@@ -362,7 +362,7 @@ def test_a_move_to_another_dtype_leaves_the_stored_bytes(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_layer_in_another_dtype_is_quantised_as_bitsandbytes_does(dtype):
+def test_a_layer_in_another_dtype_is_quantized_as_bitsandbytes_does(dtype):
     base = linear(dtype=dtype)
     layer = NF4Linear.from_linear(base, double=False)
     assert layer.dense_weight().dtype == dtype
@@ -495,7 +495,7 @@ def test_lora_wraps_it_and_trains_the_adapter_only():
     assert names == ["0.A", "0.B", "2.A", "2.B"]
 
 
-def test_merging_gives_a_dense_layer_that_can_be_quantised_again():
+def test_merging_gives_a_dense_layer_that_can_be_quantized_again():
     wrapper = LoRALinear(NF4Linear.from_linear(linear()), rank=2)
     nn.init.normal_(wrapper.B, std=0.01)
     merged = merge_lora(wrapper)
@@ -512,7 +512,7 @@ def test_attention_reads_the_weight():
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(64, 2, batch_first=True)
     dense = copy.deepcopy(attention)
-    with pytest.warns(UserWarning, match="only linear layers are quantised"):
+    with pytest.warns(UserWarning, match="only linear layers are quantized"):
         quantize_model(attention)
     dense.out_proj.weight.data = attention.out_proj.dense_weight()
     x = torch.randn(2, 5, 64)
@@ -542,7 +542,7 @@ def test_all_layers_or_those_that_are_asked_for():
     assert (model[0].block, model[2][0].block) == (4, 64), "the rest, not again"
 
 
-def test_a_model_that_is_quantised_twice_stays_as_it_is():
+def test_a_model_that_is_quantized_twice_stays_as_it_is():
     model = small()
     quantize_model(model, block=32)
     before = {k: v.clone() for k, v in model.state_dict().items()}
