@@ -25,9 +25,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from register import ROOT
 
-from lora import formats, libraries, recorded, search
+from lora import formats, recorded, search
 
-EXTRAS = ("cuts", "bases", "sums")  # settings that add rows to a run's own
+EXTRAS = ("cuts", "bases")  # settings that add rows to a run's own
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
 # Between processors, training in float32 goes other ways: what may lie between the mean
 # reciprocal ranks of two runs of the same settings, in points.
@@ -91,14 +91,6 @@ def truncated(parts, k):
     return model
 
 
-def library_run(settings):
-    """The rows of Chapter 5 for one seed."""
-    return list(libraries.runs(**settings))
-
-
-MAKERS = {"libraries": library_run, "half as long": library_run}
-
-
 def over(seeds, *runs, **settings):
     return [run | settings | {"seed": seed} for seed in seeds for run in runs]
 
@@ -111,7 +103,6 @@ def studies():
     rates = {"full": (5e-5, 1e-4, 2e-4, 4e-4), "lora": (5e-4, 1e-3, 2e-3, 4e-3)}
     attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
     mlp = r".*\.\d\.(intermediate|output)\.dense"
-    few, more = range(1, 4), range(4, 6)
     main = [{"method": "none"}, LORA, FULL | {"cuts": KS}]
     changes = [
         FULL | {"cuts": (8, 384)} | setting
@@ -127,48 +118,19 @@ def studies():
         LORA | {"rank": r, "targets": t}
         for t, r in ((attention, 18), (mlp, 14), (last, 24))
     ]
-    alphas = [
-        LORA | {"rank": r, "scale": scale, "lr": lr}
-        for r in (1, 64)
-        for scale in (8 / r, (8 / r) ** 0.5)
-        for lr in (LORA["lr"] / 4, LORA["lr"], LORA["lr"] * 4)
-    ]
     kinds = [k for k in formats.LEVELS if k not in ("FP4", "affine int4")]
     zero_shot = [(k, 64) for k in kinds]
     zero_shot += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     zero_shot = {"method": "none", "bases": zero_shot}
     best, worst = LORA | {"base": "NF4"}, LORA | {"base": "NF2"}
-    between = [LORA | {"base": k} for k in ("NF3", "int8", "int4", "int3")]
-
-    def second(seeds):
-        return [
-            ("ranks", over(seeds, *ranks)),
-            ("change", over(seeds, *changes)),
-            ("bases", over(seeds, zero_shot, best, worst)),
-            ("layers", over(seeds, *layers)),
-        ]
-
     return [
         ("rates", [{"method": m, "lr": r, "seed": 0} for m in rates for r in rates[m]]),
-        ("main", over(few, *main)),
-        ("longer", over(few, LORA | {"steps": 96})),
-        *second([1, 2]),
-        ("libraries", over([1], {"steps": libraries.STEPS})),
-        ("alpha", over([0], *alphas)),
-        ("libraries", over([2], {"steps": libraries.STEPS})),
-        ("bases", over([1, 2], *between)),
-        ("change", over([3], *changes)),
-        ("ranks", over([3], *ranks)),
-        ("main", over(more, *main)),
-        ("longer", over(more, LORA | {"steps": 96})),
-        ("bases", over([3], zero_shot, best, worst)),
-        ("bases", over(few, best | {"steps": 96}, worst | {"steps": 96})),
-        ("half as long", over(few, {"steps": libraries.STEPS // 2, "sums": False})),
-        ("libraries", over([3, 4], {"steps": libraries.STEPS})),
-        ("layers", over([3], *layers)),
-        ("bases", over([3], *between)),
-        *second(more),
-        ("change", over([*few, *more], FULL | {"cuts": (8, 384), "decay": 0.0})),
+        ("main", over([1, 2, 3], *main)),
+        ("longer", over([1, 2, 3], LORA | {"steps": 96})),
+        ("ranks", over([1, 2], *ranks)),
+        ("change", over([1, 2], *changes)),
+        ("bases", over([1, 2], zero_shot, best, worst)),
+        ("layers", over([1, 2], *layers)),
     ]
 
 
@@ -177,15 +139,14 @@ def one(job):
     torch.set_num_threads(1)
     study, settings = job
     start = time.process_time()
-    make = MAKERS.get(study, search_run)
-    found = [{"study": study} | row for row in make(settings)]
+    found = [{"study": study} | row for row in search_run(settings)]
     return job, found, time.process_time() - start
 
 
 def key(row):
     """What tells one row from another: its study, its settings, where it is cut."""
     settings = recorded.DEFAULTS | row
-    names = [*recorded.DEFAULTS, "cut", "adapter", "how"]
+    names = [*recorded.DEFAULTS, "cut"]
     return json.dumps([row["study"], *(settings.get(k) for k in names)])
 
 
@@ -193,8 +154,6 @@ def keys(job):
     """The keys of all rows that a job makes."""
     study, settings = job
     row = {"study": study} | {k: v for k, v in settings.items() if k not in EXTRAS}
-    if MAKERS.get(study) is library_run:  # all of its rows are stored in one go
-        return [key(row | {"adapter": "base", "how": ""})]
     more = [{"base": base, "block": n} for base, n in settings.get("bases", ())]
     more += [{"cut": k} for k in settings.get("cuts", ())]
     return [key(row | change) for change in [{}, *more]]
