@@ -123,6 +123,8 @@ def studies():
     zero_shot += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     zero_shot = {"method": "none", "bases": zero_shot}
     best, worst = LORA | {"base": "NF4"}, LORA | {"base": "NF2"}
+    between = [LORA | {"base": k} for k in ("int3", "NF3", "int4", "int8")]
+    long = [run | {"steps": 96} for run in (best, worst)]
     return [
         ("rates", [{"method": m, "lr": r, "seed": 0} for m in rates for r in rates[m]]),
         ("main", over([1, 2, 3], *main)),
@@ -131,6 +133,8 @@ def studies():
         ("change", over([1, 2], *changes)),
         ("bases", over([1, 2], zero_shot, best, worst)),
         ("layers", over([1, 2], *layers)),
+        ("bases", over([1], *long)),
+        ("bases", over([1, 2], *between)),
     ]
 
 
