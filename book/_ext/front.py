@@ -275,7 +275,9 @@ def filters(found):
     by_verdict += [(ledger.key(v), v, n) for v, n in counts.items()]
     parts = sorted({row.part for row in found})
     by_part = [("all", "All parts", len(found))]
-    by_part += [(p, ledger.heading(p), sum(row.part == p for row in found)) for p in parts]
+    by_part += [
+        (p, ledger.heading(p), sum(row.part == p for row in found)) for p in parts
+    ]
     return (
         '<nav class="filters" aria-label="Filter the claims" hidden>'
         + links("verdict", by_verdict)

@@ -22,11 +22,11 @@ def tokenizer():
 
 @pytest.fixture
 def small(monkeypatch, tokenizer):
-    """One narrow block with random weights in MiniLM's place, 205 pairs a library."""
+    """One narrow block with random weights in MiniLM's place, 210 pairs a library."""
     pairs = {
         library: [
             (f"{library}.f{i}", f"name {i} {library}", f"sentence {i} of {library}")
-            for i in range(205)
+            for i in range(210)
         ]
         for library in search.LIBRARIES
     }
@@ -141,7 +141,7 @@ def test_a_run_refuses(small, settings, message):
 
 def test_versions_are_those_of_the_installed():
     found = dict(entry.split("=") for entry in recorded.versions().split())
-    assert found == {name: version(name) for name in recorded.LIBRARIES}
+    assert found == {name: version(name) for name in recorded.PACKAGES}
     row = {"versions": recorded.versions()}
     assert recorded.other_versions(row) == ""
     bare = " ".join(e.partition("+")[0] for e in row["versions"].split())
@@ -188,4 +188,4 @@ def test_rows_of_a_cut_file(file):
 def test_rows_of_no_study(file):
     write(file, ROW)
     with pytest.raises(ValueError, match=r"study must be one of \['main'\]"):
-        recorded.rows("mian")
+        recorded.rows("no such study")
