@@ -58,7 +58,7 @@ def write(file, *rows):
 
 def test_data_of_a_seed(small):
     train, choose, report = recorded.data(1)
-    assert len(train) == 5 * 5
+    assert len(train) == 5 * 10
     assert not any("sympy" in s or "networkx" in s for _, s in train)
     assert list(choose) == list(report) == list(search.LIBRARIES)
     for library in search.LIBRARIES:
