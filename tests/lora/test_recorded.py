@@ -68,7 +68,7 @@ def test_data_of_a_seed(small):
         assert search.split(pairs, 1)[1:] == (choose[library], report[library])
     assert recorded.data(2)[1] == choose and recorded.data(2)[2] != report
     one = recorded.data(1, ["sympy"])
-    assert len(one[0]) == 5 and one[1:] == (choose, report)
+    assert len(one[0]) == 10 and one[1:] == (choose, report)
     with pytest.raises(ValueError, match=r"libraries must be of .* got \['pandas'\]"):
         recorded.data(1, ["numpy", "pandas"])
 
