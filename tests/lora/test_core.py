@@ -1182,7 +1182,7 @@ def test_counts_shared_parameters_once():
 
 def test_import_loads_no_plotting_or_learning_library_and_takes_no_time():
     """What torch does not load itself; at most 50 ms of processor time beside torch."""
-    names = ["matplotlib", "sklearn", "transformers", "huggingface_hub", "tqdm"]
+    names = ["matplotlib", "sklearn", "transformers", "huggingface_hub"]
     names += ["pandas", "sentence_transformers", "lora.search", "lora.recorded"]
     code = f"""if True:
     import sys, time, torch
