@@ -171,7 +171,7 @@ def documented():
             words_seen.add(words)
             result[library].append((name, words, sentence))
         if not result[library]:
-            raise RuntimeError(f"{library} has no docstrings (PYTHONOPTIMIZE=2?)")
+            raise RuntimeError(f"{library} has no docstrings")
     return result
 
 
@@ -187,7 +187,8 @@ def read():
             raise ModuleNotFoundError(f"{library} is not installed", name=library)
     code = "import json; from lora.search import LIBRARIES, docstrings; "
     code += "print(json.dumps({name: docstrings(name) for name in LIBRARIES}))"
-    plain = os.environ | {"MPLBACKEND": "agg"}
+    # PYTHONOPTIMIZE would drop the docstrings.
+    plain = os.environ | {"MPLBACKEND": "agg", "PYTHONOPTIMIZE": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=plain
     )

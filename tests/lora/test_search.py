@@ -318,11 +318,9 @@ def test_reading_draws_no_random_number_and_changes_no_setting():
     assert python(code) == "True"
 
 
-def test_without_docstrings_there_are_no_pairs():
-    code = "from lora import search\ntry: search.docstring_pairs('numpy')\n"
-    code += "except RuntimeError as e: print(e)"
-    found = python(code, PYTHONOPTIMIZE="2")
-    assert found.endswith("has no docstrings (PYTHONOPTIMIZE=2?)")
+def test_docstrings_are_there_also_where_python_drops_them():
+    code = "from lora import search; print(len(search.docstring_pairs('numpy')))"
+    assert python(code, PYTHONOPTIMIZE="2") == str(len(search.docstring_pairs("numpy")))
 
 
 @pytest.mark.parametrize("library", ["pandas", "", None, ["numpy"], "NumPy"])
