@@ -149,10 +149,14 @@ def test_differences_within_a_tolerance(stored, new, tolerance, different):
 
 
 def check_links(text):
-    """A sentence for each link to GitHub or Colab that opens another repository."""
+    """A sentence for each link to GitHub or Colab that opens another repository.
+
+    Reports of users, issues of a library, are literature.
+    """
     for link in re.findall(r"https://(?:colab[\w.]*|github\.com)/[^)\s>]+", text):
         known = REPOSITORY, COLAB, "https://colab.research.google.com/assets/"
-        if not link.startswith(known):
+        report = re.fullmatch(r"https://github\.com/[\w-]+/[\w-]+/issues/\d+", link)
+        if not link.startswith(known) and not report:
             yield f"{link} is not this book's repository"
 
 
