@@ -358,8 +358,8 @@ def contrastive_loss(names, sentences, scale=20.0):
 
     `names` and `sentences` are unit vectors, (n, width), row i of one belonging to row
     i of the other: the other n - 1 sentences are the negatives (InfoNCE, van den Oord
-    et al. 2018, arXiv:1807.03748, section 2.3). `scale` is the inverse temperature that
-    MiniLM was trained with. Raises ValueError unless both have the same shape.
+    et al. 2018, arXiv:1807.03748, section 2.3). `scale` is the
+    inverse temperature. Raises ValueError unless both have the same shape.
     """
     if names.dim() != 2 or names.shape != sentences.shape:
         shapes = f"{tuple(names.shape)} and {tuple(sentences.shape)}"
