@@ -36,7 +36,7 @@ pdf: book  ## build the book, then one PDF of it, which the pages offer (needs C
 test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output
 	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
 	$(BIN)/codespell $(PROSE)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
 	$(NBVAL) $(NOTEBOOKS)
 
 style: .venv/installed  ## format the code, also in notebooks, and mend what the linter can

@@ -17,6 +17,7 @@ os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from pdf import chromium
 
@@ -49,8 +50,14 @@ def copy_book():
 
 
 @pytest.fixture(scope="session")
-def book():
+def book(tmp_path_factory):
     """The folder of the built pages, built anew where a source is newer."""
+    # All processes that run tests at the same time share one folder of pages.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "book.lock"):
+        return build_book()
+
+
+def build_book():
     html = ROOT / "_build" / "html"
     stamp = html / "index.html"  # every build writes it last
     sources = [f for s in SOURCES for f in (s, *s.rglob("*")) if "." in f.name]
