@@ -34,6 +34,8 @@ DEFAULTS = {
     "shuffled": False,
     "base": "float32",  # or one of formats.LEVELS, with scales for blocks of
     "block": 64,
+    "libraries": list(TRAINED),  # whose pairs are trained on
+    "start": 0,  # adapters of one seed that start from other A's
     "seed": 0,
 }
 
@@ -52,7 +54,7 @@ def prepare(model, settings):
         model.requires_grad_(True)
         model.pooler.requires_grad_(False)  # no part of an embedding
     elif settings["method"] == "lora":
-        torch.manual_seed(settings["seed"])
+        torch.manual_seed(settings["seed"] + 1000 * settings["start"])
         rank = settings["rank"]
         alpha = settings["scale"] * rank
         core.inject_lora(model, rank=rank, alpha=alpha, targets=settings["targets"])
@@ -104,7 +106,8 @@ def run(**settings):
         method = settings["method"]
         raise ValueError(f"method must be 'lora', 'full' or 'none', got {method!r}")
     tokenizer, model = search.load_minilm()
-    train, choose, report = data(settings["seed"], shuffled=settings["shuffled"])
+    pairs = settings["seed"], settings["libraries"], settings["shuffled"]
+    train, choose, report = data(*pairs)
     probe = [name for name, _ in train[:32]] + [s for _, s in train[:32]]
     clock = []
     for _ in range(4):

@@ -25,14 +25,30 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from register import ROOT
 
-from lora import formats, recorded, search
+from lora import core, formats, recorded, search
 
-EXTRAS = ("cuts", "bases")  # settings that add rows to a run's own
+EXTRAS = ("cuts", "bases", "each")  # settings that add rows to a run's own
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
 # Between processors, training in float32 goes other ways: what may lie between the mean
 # reciprocal ranks of two runs of the same settings, in points.
 TOLERANCE = 1.0
 FULL, LORA = {"method": "full", "lr": 2e-4}, {"method": "lora", "lr": 2e-3}
+# How the adapters of the seven libraries are put together: name -> (method, what goes
+# in, the weight of each). "sum" adds the updates B A; "average" multiplies the mean B
+# by the mean A; "linear" is PEFT's, the roots of the weights on both factors;
+# "rank 8" cuts each layer's sum to its eight largest directions.
+SEVEN = {
+    f"{method}, {weight:.2f}": (method, search.LIBRARIES, weight)
+    for method in ("sum", "rank 8", "linear")
+    for weight in (1 / 7, 0.35, 1.0)
+}
+SEVEN["average"] = ("average", search.LIBRARIES, 1 / 7)
+PAIRS = {
+    f"{a} + {b}": ("sum", (a, b), 1.0)
+    for i, a in enumerate(search.LIBRARIES)
+    for b in search.LIBRARIES[i + 1 :]
+}
+FACTORS = {name: of for name, of in SEVEN.items() if of[0] != "rank 8"}
 
 
 def search_run(settings):
@@ -44,6 +60,8 @@ def search_run(settings):
     training is its start.
     """
     settings = dict(settings)
+    if composed := settings.pop("each", None):
+        return adapters_and_sums(settings, composed)
     cuts, bases = settings.pop("cuts", ()), settings.pop("bases", ())
     tokenizer, model, row = recorded.run(**settings)
     found = [row]
@@ -58,6 +76,56 @@ def search_run(settings):
             kept = {name: row[name] for name in recorded.DEFAULTS}
             found.append(kept | {"cut": k, "ranks": ranks})
     return found
+
+
+def adapters_and_sums(settings, composed):
+    """The rows of an adapter for each library, then one for each of the `composed`.
+
+    The adapters start from A's of their own, unless "start" says that they share one.
+    """
+    found, factors = [], {}
+    for settings_of in each(settings):
+        tokenizer, model, row = recorded.run(**settings_of)
+        found.append(row)
+        wrappers = core.find(model, core.LoRALinear)
+        factors[row["libraries"][0]] = {
+            name: (w.scale * w.B.detach(), w.A.detach()) for name, w in wrappers.items()
+        }
+    tests = recorded.data(settings["seed"])[2]
+    for name, (method, libraries, weight) in composed.items():
+        parts = [factors[library] for library in libraries]
+        ranks = recorded.ranks(together(parts, method, weight), tokenizer, tests)
+        settings_of = {k: row[k] for k in recorded.DEFAULTS}
+        settings_of |= {"libraries": list(libraries), "start": settings["start"]}
+        found.append(settings_of | {"composed": name, "ranks": ranks})
+    return found
+
+
+def each(settings):
+    """The settings of the adapters of the seven libraries, "start" -1 for own ones."""
+    own = settings["start"] < 0
+    return [
+        settings | {"libraries": [library], "start": i if own else settings["start"]}
+        for i, library in enumerate(search.LIBRARIES, 1)
+    ]
+
+
+def together(parts, method, weight):
+    """The base with the sum of updates, each name -> (B, A), as `method` says."""
+    _, model = search.load_minilm()
+    root = abs(weight) ** 0.5
+    for name, layer in recorded.layers(model).items():
+        Bs, As = zip(*(part[name] for part in parts))
+        update = weight * sum(B @ A for B, A in zip(Bs, As))
+        if method == "average":
+            update = (weight * sum(Bs)) @ (weight * sum(As))
+        elif method == "linear":
+            update = (root * sum(Bs)) @ (root * sum(As))
+        elif method == "rank 8":
+            U, S, V = torch.linalg.svd(update, full_matrices=False)
+            update = (U[:, :8] * S[:8]) @ V[:8]
+        layer.weight.data += update
+    return model
 
 
 def decomposed(model):
@@ -150,7 +218,7 @@ def one(job):
 def key(row):
     """What tells one row from another: its study, its settings, where it is cut."""
     settings = recorded.DEFAULTS | row
-    names = [*recorded.DEFAULTS, "cut"]
+    names = [*recorded.DEFAULTS, "cut", "composed"]
     return json.dumps([row["study"], *(settings.get(k) for k in names)])
 
 
@@ -158,6 +226,13 @@ def keys(job):
     """The keys of all rows that a job makes."""
     study, settings = job
     row = {"study": study} | {k: v for k, v in settings.items() if k not in EXTRAS}
+    if "each" in settings:
+        adapters = [key({"study": study} | one) for one in each(row)]
+        composed = [
+            key(row | {"composed": name, "libraries": list(libraries)})
+            for name, (_, libraries, _) in settings["each"].items()
+        ]
+        return adapters + composed
     more = [{"base": base, "block": n} for base, n in settings.get("bases", ())]
     more += [{"cut": k} for k in settings.get("cuts", ())]
     return [key(row | change) for change in [{}, *more]]
