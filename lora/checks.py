@@ -4,6 +4,7 @@ import math
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Protocol, runtime_checkable
 
@@ -172,6 +173,17 @@ def listed(names):
     return ", ".join(texts) or "none"
 
 
+def compiled(name, pattern):
+    """`pattern` as a regular expression; TypeError or ValueError if it is none."""
+    message = f"{name} must be a regular expression, got {pattern!r}"
+    if not isinstance(pattern, str | re.Pattern):
+        raise TypeError(message)
+    try:
+        return re.compile(pattern)
+    except re.error as fault:
+        raise ValueError(f"{message}: {fault}") from None
+
+
 def choose(module, found, layers, kinds, targets):
     """The named layers that `inject_lora` has to replace, in order.
 
@@ -184,13 +196,7 @@ def choose(module, found, layers, kinds, targets):
     if isinstance(module, kinds):
         kind = type(module).__name__
         raise ValueError(f"cannot replace the root {kind}: use LoRALinear(module)")
-    if not isinstance(targets, str | re.Pattern | None):
-        raise TypeError(f"targets must be a regular expression, got {targets!r}")
-    try:
-        pattern = None if targets is None else re.compile(targets)
-    except re.error as fault:
-        message = f"targets must be a regular expression, got {targets!r}: {fault}"
-        raise ValueError(message) from None
+    pattern = None if targets is None else compiled("targets", targets)
     there = {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
     wanted = {
         layer
@@ -219,3 +225,164 @@ def choose(module, found, layers, kinds, targets):
         note = f"only linear layers are adapted, left as they are: {others}"
         warnings.warn(note, stacklevel=3)
     return bare
+
+
+def choose_bases(module, bases, layers, targets, exclude, quiet=False):
+    """The named `bases` to adapt, those that have adapters already (`layers`) too.
+
+    Chosen and refused as `choose` does, without those whose name `exclude` matches.
+    Raises ValueError if `exclude` matches none of them, or all.
+    """
+    pattern = compiled("targets", ".*" if targets is None else targets)
+    with warnings.catch_warnings(action="ignore" if quiet else "default"):
+        kinds = kinds_of_base(nn.Linear)
+        bare = choose(module, bases | layers, bases, kinds, targets)
+    known = {n for n in layers if pattern.fullmatch(n)}
+    chosen = {n: base for n, base in bases.items() if n in bare or n in known}
+    if exclude is None:
+        return chosen
+    out = compiled("exclude", exclude)
+    left = {n: base for n, base in chosen.items() if not out.fullmatch(n)}
+    if not 0 < len(left) < len(chosen):
+        some = "all" if not left else "none"
+        raise ValueError(f"exclude={exclude!r} matches {some} of {listed(chosen)}")
+    return left
+
+
+def by_pattern(name, patterns, layers, default):
+    """Layer's name -> the value of the first of `patterns` that matches it whole."""
+    patterns = {} if patterns is None else patterns
+    if not isinstance(patterns, Mapping):
+        message = f"{name} must be a dictionary, expression -> number, got {patterns!r}"
+        raise TypeError(message)
+    values = {}
+    for expression, value in patterns.items():
+        pattern = compiled(name, expression)
+        matched = [n for n in layers if pattern.fullmatch(n)]
+        if not matched:
+            raise ValueError(f"{name}: {expression!r} matches none of {listed(layers)}")
+        values = dict.fromkeys(matched, value) | values
+    return dict.fromkeys(layers, default) | values
+
+
+def check_new_name(name, names):
+    """Raise TypeError or ValueError unless an adapter can be added with this name."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name must be a name without dots, not {name!r}")
+    if name in names:
+        raise ValueError(f"there is an adapter {name!r} already")
+
+
+def check_known(names, known):
+    """Raise ValueError unless each of the adapters' names is known."""
+    for name in names:
+        if name not in known:
+            there = ", ".join(map(repr, known)) or "none"
+            raise ValueError(f"there is no adapter {name!r}; there are: {there}")
+
+
+def check_rows(names, known):
+    """`names` as a list of known adapters or None, one a row, one at least."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"names must be a list with one entry a row, got {names!r}")
+    names = list(names)
+    if not names:
+        raise ValueError("names must have one entry a row of the batch, got none")
+    check_known(names, [None, *known])
+    return names
+
+
+def check_batch(x, index):
+    """Raise ValueError unless the first dimension of `x` has a row for each index."""
+    if x.dim() < 2 or len(x) != len(index):
+        message = f"{len(index)} rows are routed, but a layer was given {(*x.shape,)}"
+        raise ValueError(f"{message}: the first dimension must be the batch")
+
+
+def check_apart(shared, what):
+    """Raise ValueError inside of a context or while an adapter is merged."""
+    if shared.inside:
+        raise ValueError(f"cannot {what} inside of {shared.inside}: leave it first")
+    if shared.merged:
+        message = f"cannot {what} while {shared.merged!r} is merged"
+        raise ValueError(f"{message}: unmerge_adapter first")
+
+
+def check_merged(shared):
+    """Raise ValueError unless an adapter is merged."""
+    if not shared.merged:
+        raise ValueError("cannot unmerge: no adapter is merged")
+
+
+def check_one_weight(rows):
+    """Raise ValueError while rows are routed: then a layer has no one weight."""
+    if rows is not None:
+        message = "a layer's weight was read inside of route, as attention may do"
+        raise ValueError(f"{message}: there each row has its own")
+
+
+def check_one_model(count):
+    """Raise ValueError if layers of one model share `count` > 1 states."""
+    if count > 1:
+        message = "adapters were added to parts of the model one by one"
+        raise ValueError(f"{message}: always pass the same whole model")
+
+
+def check_bare(wrapped):
+    """Raise ValueError if a layer is wrapped by `inject_lora`."""
+    if wrapped := list(wrapped):
+        message = f"{listed(wrapped)}: wrapped by inject_lora"
+        raise ValueError(f"{message}; merge_lora first, or use add_adapter throughout")
+
+
+def check_weights(weights, known):
+    """[(adapter, weight)] of a dictionary of them: known, finite, one at least."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights must be a dictionary, name -> weight, got {weights!r}"
+        )
+    if not weights:
+        raise ValueError("weights must name one adapter or more, got none")
+    check_known(weights, known)
+    return [(n, float(check_number(f"weights[{n!r}]", w))) for n, w in weights.items()]
+
+
+def check_head(head):
+    """`head`, or TypeError unless it is a module with floating-point numbers only."""
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"head must be a module, got {head!r:.80}")
+    for name, value in head.state_dict().items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise TypeError(f"head must hold floating-point tensors, not {name}")
+    return head
+
+
+def check_values(name, tensor):
+    """Raise ValueError if a number is not finite, or there is none (meta device)."""
+    if tensor.is_meta or not tensor.isfinite().all():
+        raise ValueError(f"{name}: numbers that are not finite")
+
+
+def check_mark(file, found, expected):
+    """Raise ValueError if a file is of another saving than the settings beside it."""
+    if found not in (None, expected):
+        raise ValueError(f"{file} and the settings beside it are of two savings")
+
+
+def check_keys(file, found, expected):
+    """Raise ValueError unless a file holds the tensors that are expected."""
+    found, expected = set(found), set(expected)
+    if missing := sorted(expected - found):
+        raise ValueError(f"{file} lacks {listed(missing)}")
+    if foreign := sorted(found - expected):
+        raise ValueError(f"{file}: no place in the model for {listed(foreign)}")
+
+
+def check_tensor(name, shape, dtype, expected):
+    """Raise ValueError unless a stored tensor has this shape and is of floats."""
+    if shape != expected:
+        raise ValueError(f"{name} must be {expected}, got {shape}")
+    if dtype not in ("F16", "BF16", "F32", "F64"):
+        raise ValueError(f"{name} must be floating-point of 16 to 64 bits, got {dtype}")

@@ -1,0 +1,613 @@
+"""`lora.adapters` on a small BERT, against PEFT and against the merged weights."""
+
+import copy
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel
+
+from lora import core, freeze_all, inject_lora
+from lora.adapters import (
+    add_adapter,
+    combine,
+    delete_adapter,
+    disable_adapters,
+    load_adapter,
+    merge_adapter,
+    route,
+    save_adapter,
+    set_adapter,
+    unmerge_adapter,
+)
+from lora.multi import parts_of
+from lora.nf4 import quantize_model
+
+QUERY = r".*\.(query|value)"
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+def draw(model, name, seed=1):
+    """Fill the B of one adapter, so that it does something."""
+    torch.manual_seed(seed)
+    for layer in parts_of(model)[0].values():
+        if name in layer.adapters:
+            nn.init.normal_(layer.adapters[name].B, std=0.3)
+
+
+@pytest.fixture
+def ids():
+    torch.manual_seed(9)
+    return torch.randint(50, (5, 7))
+
+
+def out(model, ids):
+    return model(input_ids=ids).last_hidden_state
+
+
+@pytest.fixture
+def model():
+    """With adapters of different ranks on different layers, none of them set."""
+    model = small()
+    add_adapter(model, "a", QUERY, rank=2, alpha=4.0)
+    add_adapter(model, "b", rank=3, alpha=1.0, exclude=".*dense")
+    add_adapter(model, "c", r"encoder\.layer\.1\..*", rank=1, alpha=-2.0)
+    for i, name in enumerate("abc"):
+        draw(model, name, i)
+    return model
+
+
+def with_updates(weights):
+    """A plain small BERT with the weighted sum of updates in its weights, float64."""
+    adapted = small().double()
+    for name, weight in weights.items():
+        for place, layer in parts_of(name[0])[0].items():
+            if name[1] in layer.adapters:
+                part = layer.adapters[name[1]]
+                A, B = part.A.double(), part.B.double()
+                update = weight * part.alpha / part.rank * B @ A
+                adapted.get_submodule(place).weight.data += update
+    return adapted
+
+
+def snapshot(model):
+    """All that a refused call must leave: modules, values, what trains, what is set."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    kinds = [(n, type(m)) for n, m in model.named_modules()]
+    return state, trained, kinds, copy.copy(parts_of(model)[1])
+
+
+def same(a, b):
+    assert a[0].keys() == b[0].keys()
+    assert all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    return a[1:] == b[1:]
+
+
+# --- adding ---
+
+
+def test_adding_changes_no_output(ids):
+    model = small()
+    before = out(model, ids)
+    names = add_adapter(model, "a", QUERY, rank=2)
+    draw(model, "a")
+    assert torch.equal(out(model, ids), before)
+    assert names == [
+        f"encoder.layer.{i}.attention.self.{kind}"
+        for i in range(2)
+        for kind in ("query", "value")
+    ]
+    assert parts_of(model)[1].active is None
+    trained = [n for n, p in model.named_parameters() if n.endswith((".A", ".B"))]
+    assert len(trained) == 8
+    assert not any(p.requires_grad for p in model.get_submodule(names[0]).parameters())
+
+
+def test_it_starts_as_inject_lora_does(ids):
+    ours, theirs = small(), small()
+    torch.manual_seed(3)
+    add_adapter(ours, "a", QUERY, rank=2, alpha=6.0)
+    torch.manual_seed(3)
+    wrappers = inject_lora(theirs, rank=2, alpha=6.0, targets=QUERY)
+    for (_, layer), w in zip(parts_of(ours)[0].items(), wrappers):
+        part = layer.adapters["a"]
+        assert torch.equal(part.A, w.A) and torch.equal(part.B, w.B)
+        assert part.scale == w.scale and part.A.dtype == w.A.dtype
+
+
+def test_only_what_is_wrapped_is_frozen():
+    model = small()
+    add_adapter(model, "a", QUERY)
+    assert model.embeddings.word_embeddings.weight.requires_grad
+    assert not model.encoder.layer[0].attention.self.query.base.weight.requires_grad
+
+
+def test_rank_and_alpha_by_pattern_against_peft(ids):
+    """The first pattern that matches holds; each layer's rank and scale as PEFT's."""
+    ranks, alphas = {r".*query": 5, r".*layer\.1\..*": 7}, {r".*value": 3.0}
+    model = small()
+    names = add_adapter(
+        model, "a", QUERY, 2, 4.0, rank_pattern=ranks, alpha_pattern=alphas
+    )
+    config = LoraConfig(
+        r=2,
+        lora_alpha=4.0,
+        target_modules=QUERY,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
+    theirs = get_peft_model(small(), config).base_model.model
+    for name in names:
+        part = model.get_submodule(name).adapters["a"]
+        other = theirs.get_submodule(name)
+        assert part.A.shape == other.lora_A["default"].weight.shape
+        assert part.scale == other.scaling["default"]
+    ranks = [model.get_submodule(n).adapters["a"].rank for n in names]
+    assert ranks == [5, 2, 5, 7]
+
+
+def test_exclude_against_peft():
+    model = small()
+    names = add_adapter(model, "a", exclude=r".*(dense|key)")
+    config = LoraConfig(target_modules=".*[a-z]", exclude_modules=r".*(dense|key)")
+    config.target_modules = r"encoder.*(query|key|value|dense)"
+    theirs = get_peft_model(small(), config)
+    kinds = {n.removeprefix("base_model.model.") for n in theirs.targeted_module_names}
+    assert set(names) == kinds
+
+
+def test_a_layer_with_two_names_and_a_tied_head():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "head": nn.Linear(3, 4, bias=False)})
+    model["twin"], model["embedding"] = model["a"], nn.Embedding(4, 3)
+    model["head"].weight = model["embedding"].weight
+    with pytest.warns(UserWarning, match="head is left as it is"):
+        assert add_adapter(model, "one") == ["a", "twin"]
+    assert model["a"] is model["twin"] and isinstance(model["head"], nn.Linear)
+    # again: the wrapped layer counts as one that there is
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert add_adapter(model, "two", "a|twin") == ["a", "twin"]
+    assert list(model["a"].adapters) == ["one", "two"]
+    delete_adapter(model, "one")
+    delete_adapter(model, "two")
+    assert type(model["a"]) is nn.Linear and model["a"] is model["twin"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": 3}, TypeError, "name must be a string, got 3"),
+        ({"name": ""}, ValueError, "a name without dots, not ''"),
+        ({"name": "x.y"}, ValueError, "a name without dots, not 'x.y'"),
+        ({"name": "keys"}, ValueError, "a name without dots, not 'keys'"),
+        ({"name": "training"}, ValueError, "a name without dots, not 'training'"),
+        ({"name": "a"}, ValueError, "there is an adapter 'a' already"),
+        ({"targets": "query"}, ValueError, "no layer whose name is 'query' to adapt"),
+        ({"targets": "("}, ValueError, "targets must be a regular expression"),
+        ({"targets": 3}, TypeError, "targets must be a regular expression, got 3"),
+        ({"exclude": ".*"}, ValueError, "exclude='.*' matches all of"),
+        ({"exclude": "qeury"}, ValueError, "exclude='qeury' matches none of"),
+        ({"exclude": 3}, TypeError, "exclude must be a regular expression, got 3"),
+        ({"rank": 0}, ValueError, "rank must be"),
+        ({"alpha": math.nan}, ValueError, "alpha must be"),
+        ({"rank_pattern": {"q": 2}}, ValueError, "rank_pattern: 'q' matches none of"),
+        ({"rank_pattern": {".*": 0}}, ValueError, "rank must be"),
+        ({"rank_pattern": 3}, TypeError, "rank_pattern must be a dictionary"),
+        ({"alpha_pattern": {".*": "x"}}, ValueError, "alpha must be"),
+        ({"alpha_pattern": {3: 1.0}}, TypeError, "alpha_pattern must be a regular"),
+    ],
+)
+def test_adding_refuses(model, arguments, error, message):
+    before = snapshot(model)
+    with pytest.raises(error, match=re.escape(message)):
+        add_adapter(model, **{"name": "new"} | arguments)
+    assert same(before, snapshot(model))
+
+
+def test_an_unsuitable_layer_is_refused_by_its_name():
+    model = small()
+    model.encoder.layer[1].output.dense.register_forward_hook(lambda *a: None)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="encoder.layer.1.output.dense must be"):
+        add_adapter(model, "a")
+    assert same(before, snapshot(model))
+
+
+# --- setting, disabling ---
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_the_set_adapter_is_the_sum_of_weights(model, ids, name):
+    set_adapter(model, name)
+    expected = out(with_updates({(model, name): 1}), ids).float()
+    torch.testing.assert_close(out(model, ids), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, out(small(), ids), atol=1e-3)
+    set_adapter(model, None)
+    assert torch.equal(out(model, ids), out(small(), ids))
+
+
+def test_only_the_set_adapter_trains(model, ids):
+    def trained():
+        return {
+            n.split(".")[-2]
+            for n, p in model.named_parameters()
+            if p.requires_grad and n.endswith((".A", ".B"))
+        }
+
+    freeze_all(model)
+    assert trained() == set()
+    set_adapter(model, "a")
+    assert trained() == {"a"}
+    out(model, ids).sum().backward()
+    assert model.encoder.layer[0].attention.self.query.adapters["a"].B.grad is not None
+    set_adapter(model, "b")
+    assert trained() == {"b"}
+    grads = [n for n, p in model.named_parameters() if p.grad is not None]
+    assert grads == [], "a gradient that is left over would move the adapter"
+    set_adapter(model, None)
+    assert trained() == set()
+
+
+def test_an_optimizer_of_all_leaves_the_others(model, ids):
+    set_adapter(model, "a")
+    out(model, ids).sum().backward()
+    set_adapter(model, "b")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
+    freeze_all(model)
+    set_adapter(model, "b")
+    out(model, ids).square().sum().backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert {n.split(".")[-2] for n in moved} == {"b"}
+
+
+def test_disabled_is_the_base_and_comes_back(model, ids):
+    set_adapter(model, "a")
+    before = snapshot(model), out(model, ids)
+    with disable_adapters(model):
+        assert torch.equal(out(model, ids), out(small(), ids))
+    with pytest.raises(KeyError), disable_adapters(model):
+        raise KeyError
+    assert same(before[0], snapshot(model))
+    assert torch.equal(before[1], out(model, ids))
+
+
+@pytest.mark.parametrize("name", ["d", 3, ["a"], "A", "base"])
+def test_an_unknown_adapter_is_refused(model, name):
+    before = snapshot(model)
+    calls = [set_adapter, delete_adapter, merge_adapter]
+    for call in calls:
+        with pytest.raises(ValueError, match="there is no adapter .*; there are: "):
+            call(model, name)
+    for call in (delete_adapter, merge_adapter):
+        with pytest.raises(ValueError, match="there is no adapter None"):
+            call(model, None)
+    assert same(before, snapshot(model))
+
+
+def test_a_model_without_adapters():
+    model = small()
+    set_adapter(model, None)
+    with pytest.raises(ValueError, match="no adapter 'a'; there are: None"):
+        set_adapter(model, "a")
+    with pytest.raises(ValueError, match="no adapter 'a'; there are: none"):
+        merge_adapter(model, "a")
+
+
+# --- routing ---
+
+
+def test_a_mixed_batch_is_row_by_row(model, ids):
+    names = ["c", None, "a", "b", "a"]
+    with route(model, names):
+        mixed = out(model, ids)
+    for i, name in enumerate(names):
+        set_adapter(model, name)
+        torch.testing.assert_close(
+            mixed[i : i + 1], out(model, ids[i : i + 1]), atol=2e-6, rtol=1e-5
+        )
+
+
+def test_after_routing_all_is_as_before(model, ids):
+    set_adapter(model, "b")
+    before = snapshot(model)
+    with route(model, ["a"] * 5):
+        out(model, ids)
+    with (
+        pytest.raises(ValueError, match="2 rows are routed"),
+        route(model, ["a", "b"]),
+    ):
+        out(model, ids)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ("aabb", TypeError, "names must be a list with one entry a row"),
+        (3, TypeError, "names must be a list with one entry a row"),
+        ([], ValueError, "one entry a row of the batch, got none"),
+        (["a", "d"], ValueError, "there is no adapter 'd'"),
+        (["a", 1], ValueError, "there is no adapter 1"),
+    ],
+)
+def test_routing_refuses(model, names, error, message):
+    before = snapshot(model)
+    with pytest.raises(error, match=message), route(model, names):
+        pass
+    assert same(before, snapshot(model))
+
+
+def test_training_a_mixed_batch_with_checkpoints(model, ids):
+    """Backward inside of the context: gradients as without checkpoints."""
+    found = []
+    for inside in (False, True):
+        twin = copy.deepcopy(model)
+        for layer in parts_of(twin)[0].values():
+            layer.adapters.requires_grad_(True)
+        block = twin.encoder.layer[1]
+        hidden = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(0))
+        with route(twin, ["a", "b", "c", None, "a"]):
+            y = checkpoint(block, hidden, use_reentrant=False) if inside else None
+            y = block(hidden) if y is None else y
+            (y if torch.is_tensor(y) else y[0]).square().sum().backward()
+        found.append({n: p.grad for n, p in block.named_parameters()})
+    assert any(g is not None for n, g in found[0].items() if ".adapters." in n)
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name])
+
+
+@pytest.mark.parametrize("context", ["route", "disable_adapters"])
+def test_nothing_is_switched_inside_of_a_context(model, context, tmp_path):
+    save_adapter(model, "a", tmp_path)
+    enter = {"route": lambda: route(model, ["a"]), "disable_adapters": None}
+    enter = enter[context] or (lambda: disable_adapters(model))
+    calls = {
+        "set an adapter": lambda: set_adapter(model, "a"),
+        "add an adapter": lambda: add_adapter(model, "d"),
+        "delete an adapter": lambda: delete_adapter(model, "a"),
+        "merge an adapter": lambda: merge_adapter(model, "a"),
+        "combine adapters": lambda: combine(model, {"a": 1}, "d"),
+        "load an adapter": lambda: load_adapter(model, tmp_path, "d"),
+        "disable_adapters": lambda: disable_adapters(model).__enter__(),
+        "route": lambda: route(model, ["a"]).__enter__(),
+    }
+    before = snapshot(model)
+    with enter():
+        for what, call in calls.items():
+            message = f"cannot {what} inside of {context}: leave it first"
+            with pytest.raises(ValueError, match=message):
+                call()
+    assert same(before, snapshot(model))
+
+
+# --- deleting, combining ---
+
+
+def test_deleting_restores_the_base(model, ids):
+    set_adapter(model, "b")
+    delete_adapter(model, "b")
+    assert torch.equal(out(model, ids), out(small(), ids))
+    assert type(model.encoder.layer[0].attention.self.key) is nn.Linear
+    delete_adapter(model, "a")
+    delete_adapter(model, "c")
+    plain, before = small(), model.state_dict()
+    assert list(before) == list(plain.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in plain.state_dict().items())
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_deleting_another_leaves_the_set_one(model, ids):
+    set_adapter(model, "b")
+    before = out(model, ids)
+    delete_adapter(model, "a")
+    assert torch.equal(out(model, ids), before)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 1, "b": 1}, {"a": 0.3, "b": -2.0, "c": 0.5}, {"c": 2}, {"a": 0}]
+)
+def test_a_sum_is_the_sum_of_the_updates(model, ids, weights):
+    names = combine(model, weights, "sum")
+    assert parts_of(model)[1].active is None
+    expected = with_updates({(model, n): w for n, w in weights.items()})
+    set_adapter(model.double(), "sum")
+    torch.testing.assert_close(out(model, ids), out(expected, ids))
+    for place in names:
+        held = model.get_submodule(place).adapters
+        ranks = [held[n].rank for n in weights if n in held]
+        assert held["sum"].rank == sum(ranks) and held["sum"].scale == 1
+
+
+def test_a_sum_is_peft_s_cat(model, ids):
+    """PEFT's combination_type="cat" is the exact sum, too."""
+    config = LoraConfig(r=2, lora_alpha=4.0, target_modules=QUERY)
+    theirs = get_peft_model(small(), config, adapter_name="a")
+    theirs.add_adapter("b", LoraConfig(r=3, lora_alpha=1.0, target_modules=QUERY))
+    ours = small()
+    for name, rank, alpha in (("a", 2, 4.0), ("b", 3, 1.0)):
+        torch.manual_seed(rank)
+        for place in add_adapter(ours, name, QUERY, rank, alpha):
+            part = ours.get_submodule(place).adapters[name]
+            nn.init.normal_(part.B)
+            other = theirs.base_model.model.get_submodule(place)
+            other.lora_A[name].weight.data = part.A.data.clone()
+            other.lora_B[name].weight.data = part.B.data.clone()
+    weights = {"a": 0.7, "b": 1.5}
+    theirs.add_weighted_adapter(list(weights), [*weights.values()], "c", "cat")
+    theirs.set_adapter("c")
+    combine(ours, weights, "c")
+    set_adapter(ours, "c")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            out(ours, ids), out(theirs, ids), atol=5e-6, rtol=1e-5
+        )
+
+
+def test_a_sum_is_its_own(model, ids):
+    state = torch.get_rng_state()
+    combine(model, {"a": 1, "b": 1}, "sum")
+    assert torch.equal(torch.get_rng_state(), state), "nothing was drawn"
+    set_adapter(model, "sum")
+    before = out(model, ids)
+    draw(model, "a", seed=5)
+    delete_adapter(model, "b")
+    assert torch.equal(out(model, ids), before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ({}, ValueError, "weights must name one adapter or more, got none"),
+        (["a"], TypeError, "weights must be a dictionary, name -> weight"),
+        ({"d": 1}, ValueError, "there is no adapter 'd'"),
+        ({None: 1}, ValueError, "there is no adapter None"),
+        ({"a": math.inf}, ValueError, "weights['a'] must be a finite number"),
+        ({"a": "1"}, ValueError, "weights['a'] must be a finite number"),
+    ],
+)
+def test_combining_refuses(model, weights, error, message):
+    before = snapshot(model)
+    with pytest.raises(error, match=re.escape(message)):
+        combine(model, weights, "sum")
+    with pytest.raises(ValueError, match="there is an adapter 'b' already"):
+        combine(model, {"a": 1}, "b")
+    assert same(before, snapshot(model))
+
+
+# --- merging ---
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_merged_and_unmerged(model, ids, mode):
+    set_adapter(model, "b")
+    before, state = snapshot(model), torch.get_rng_state()
+    merge_adapter(model, "a")
+    assert torch.equal(torch.get_rng_state(), state), "nothing was drawn"
+    expected = out(with_updates({(model, "a"): 1}), ids).float()
+    torch.testing.assert_close(out(model, ids), expected, atol=1e-5, rtol=1e-5)
+    model.train(mode)
+    model.eval()
+    unmerge_adapter(model)
+    assert same(before, snapshot(model))
+    set_adapter(model, None)
+    assert torch.equal(out(model, ids), out(small(), ids))
+
+
+def test_merged_again_and_again(model, ids):
+    before = snapshot(model)
+    for name in "abcabc":
+        merge_adapter(model, name)
+        unmerge_adapter(model)
+    assert same(before, snapshot(model))
+
+
+def test_merged_moves_with_the_model(model, ids):
+    merge_adapter(model, "b")
+    model.double()
+    unmerge_adapter(model)
+    weight = model.encoder.layer[0].attention.self.key.base.weight
+    original = small().encoder.layer[0].attention.self.key.weight
+    assert weight.dtype == torch.float64 and torch.equal(weight, original.double())
+
+
+def test_while_one_is_merged_the_rest_is_refused(model, ids, tmp_path):
+    merge_adapter(model, "a")
+    save_adapter(model, "a", tmp_path)
+    before = snapshot(model)
+    calls = [
+        lambda: set_adapter(model, "b"),
+        lambda: set_adapter(model, None),
+        lambda: merge_adapter(model, "b"),
+        lambda: delete_adapter(model, "a"),
+        lambda: add_adapter(model, "d"),
+        lambda: combine(model, {"a": 1}, "d"),
+        lambda: load_adapter(model, tmp_path, "d"),
+        lambda: disable_adapters(model).__enter__(),
+        lambda: route(model, ["a"]).__enter__(),
+    ]
+    for call in calls:
+        message = "cannot .* while 'a' is merged: unmerge_adapter first"
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert same(before, snapshot(model))
+    unmerge_adapter(model)
+    with pytest.raises(ValueError, match="cannot unmerge: no adapter is merged"):
+        unmerge_adapter(model)
+
+
+def test_what_cannot_be_merged(model):
+    """Both the overflow and the shared weight are seen before anything is merged."""
+    place = model.encoder.layer[1].attention.self
+    place.value.adapters["a"].B.data.fill_(3e38)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layer.1.attention.self.value: the sum over"):
+        merge_adapter(model, "a")
+    assert same(before, snapshot(model))
+    model.tied = nn.Linear(16, 16)
+    model.tied.weight = place.query.base.weight
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="another module shares its base"):
+        merge_adapter(model, "a")
+    assert same(before, snapshot(model))
+
+
+def test_beside_a_four_bit_base(ids):
+    """The base is four bits as long as nothing is merged, and again afterwards."""
+    model = small()
+    quantize_model(model, QUERY)
+    base = out(model, ids)
+    add_adapter(model, "a", QUERY)
+    draw(model, "a")
+    assert torch.equal(out(model, ids), base)
+    set_adapter(model, "a")
+    adapted = out(model, ids)
+    assert not torch.allclose(adapted, base, atol=1e-3)
+    kind = type(model.encoder.layer[0].attention.self.query.base)
+    merge_adapter(model, "a")
+    torch.testing.assert_close(out(model, ids), adapted, atol=2e-6, rtol=1e-5)
+    unmerge_adapter(model)
+    assert type(model.encoder.layer[0].attention.self.query.base) is kind
+    assert torch.equal(out(model, ids), adapted)
+
+
+def test_training_is_that_of_inject_lora(ids):
+    """The same steps give the same numbers as Chapter 2's wrapper, bit for bit."""
+    found = []
+    for kind in ("inject", "add"):
+        model = small()
+        freeze_all(model)
+        torch.manual_seed(4)
+        if kind == "inject":
+            inject_lora(model, rank=2, alpha=2.0)
+        else:
+            add_adapter(model, "a", rank=2, alpha=2.0)
+            set_adapter(model, "a")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            out(model, ids).square().sum().backward()
+            optimizer.step()
+        found.append([p.detach() for p in trained])
+    assert core.count_trainable(model) == sum(p.numel() for p in found[0])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
