@@ -52,7 +52,7 @@ FACTORS = {name: of for name, of in SEVEN.items() if of[0] != "rank 8"}
 
 
 def search_run(settings):
-    """The rows of one run of Chapters 4 and 6, a list.
+    """The rows of one run of Chapters 4 to 6, a list.
 
     Of full fine-tuning the row also says how the change of each layer spreads over its
     directions, and each of the `cuts` has a row of its own: the base with the change's

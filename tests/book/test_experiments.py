@@ -14,7 +14,7 @@ import yaml
 from register import ROOT
 from torch import nn
 
-from lora import recorded, search
+from lora import core, recorded, search
 
 HEAD = "0" * 40
 JOBS = [
@@ -221,6 +221,82 @@ def test_a_full_run_keeps_the_spectrum_of_its_change(monkeypatch):
     assert job[1] == {"method": "full", "cuts": (1, 2, 6)}, "the job is as it was"
 
 
+# Two adapters of rank 1 on a layer from 2 to 2, with scale 2, put together by hand.
+SUMS = {
+    "both": ("sum", ("numpy", "scipy"), 1.0),
+    "half": ("sum", ("numpy", "scipy"), 0.5),
+    "means": ("average", ("numpy", "scipy"), 0.5),
+    "roots": ("linear", ("numpy", "scipy"), 1.0),
+    "cut": ("rank 8", ("numpy", "scipy"), 1.0),
+}
+B, A = {"numpy": [1.0, 0], "scipy": [0.0, 1]}, {"numpy": [1.0, 0], "scipy": [3.0, 4]}
+BY_HAND = {
+    "both": [[2, 0], [6, 8]],
+    "half": [[1, 0], [3, 4]],
+    "means": [[2, 2], [2, 2]],  # 2 · (1/2, 1/2) times (4/2, 4/2)
+    "roots": [[8, 8], [8, 8]],  # 2 · (1, 1) times (4, 4)
+    "cut": [[2, 0], [6, 8]],
+}
+
+
+@pytest.mark.parametrize("start", [-1, 0])
+def test_adapters_and_their_sums(monkeypatch, start):
+    """Which runs are made, from which starts, and what each sum adds to the base."""
+
+    def base():
+        model = nn.ModuleDict({"encoder": nn.ModuleDict({"a": nn.Linear(2, 2)})})
+        nn.init.zeros_(model["encoder"]["a"].weight)
+        return model
+
+    log = []
+
+    def run(**settings):
+        log.append((settings["libraries"], settings["start"]))
+        model, (library,) = base(), settings["libraries"]
+        (layer,) = core.inject_lora(model, rank=1, alpha=2.0)
+        layer.A.data = torch.tensor([A.get(library, [0.0, 0])])
+        layer.B.data = torch.tensor([B.get(library, [0.0, 0])]).T
+        return None, model, recorded.DEFAULTS | settings | {"ranks": {}}
+
+    monkeypatch.setattr(recorded, "run", run)
+    monkeypatch.setattr(search, "load_minilm", lambda: (None, base()))
+    monkeypatch.setattr(recorded, "data", lambda seed: ((), (), {}))
+    monkeypatch.setattr(
+        recorded, "ranks", lambda m, *_: m["encoder"]["a"].weight.tolist()
+    )
+    settings = {"method": "lora", "start": start, "seed": 1, "steps": 3, "each": SUMS}
+    (job, rows, _) = experiments.one(("libraries", settings))
+    starts = [1, 2, 3, 4, 5, 6, 7] if start < 0 else [0] * 7
+    assert log == [([name], s) for name, s in zip(search.LIBRARIES, starts)]
+    assert [experiments.key(row) for row in rows] == experiments.keys(job)
+    found = {row["composed"]: row["ranks"] for row in rows[7:]}
+    for name, matrix in BY_HAND.items():
+        torch.testing.assert_close(
+            torch.tensor(found[name]), torch.tensor(matrix) * 1.0
+        )
+    assert all(row["libraries"] == ["numpy", "scipy"] for row in rows[7:])
+
+
+def test_a_sum_that_is_cut_keeps_its_largest_directions(monkeypatch):
+    def base():
+        model = nn.ModuleDict({"encoder": nn.Linear(20, 20)})
+        nn.init.zeros_(model["encoder"].weight)
+        return None, model
+
+    monkeypatch.setattr(search, "load_minilm", base)
+    directions = torch.linalg.qr(torch.randn(20, 12))[0]
+    values = torch.arange(12.0, 0, -1)
+    parts = [
+        {"encoder": (directions[:, half] * values[half], directions[:, half].T)}
+        for half in (slice(0, 12, 2), slice(1, 12, 2))
+    ]
+    cut = experiments.together(parts, "rank 8", 1.0)["encoder"].weight.detach()
+    expected = torch.cat([values[:8], torch.zeros(12)])
+    torch.testing.assert_close(
+        torch.linalg.svdvals(cut), expected, atol=1e-4, rtol=1e-4
+    )
+
+
 # --- What is planned, and what is in the repository ---
 
 
@@ -274,7 +350,7 @@ def test_what_is_planned_is_recorded_and_nothing_else(rows):
 def test_versions_are_the_pinned_ones(rows):
     requirements = (ROOT / "requirements.txt").read_text()
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", requirements, re.MULTILINE))
-    for text in {row["versions"] for row in rows if "cut" not in row}:
+    for text in {row["versions"] for row in rows if "versions" in row}:
         found = dict(entry.split("=") for entry in text.split())
         assert {k: v.partition("+")[0] for k, v in found.items()} == {
             name: pins[name] for name in recorded.PACKAGES
@@ -288,8 +364,9 @@ def test_rows_hold_what_the_chapters_read(rows):
         assert all(type(rank) is int and 1 <= rank <= 150 for rank in found)
         assert all(len(ranks) == 150 for ranks in row["ranks"].values())
         assert list(row["ranks"]) == list(search.LIBRARIES) and len(found) == 1050
-        if "cut" in row:
+        if "cut" in row or "composed" in row:
             continue
+        assert "versions" in row
         assert {len(ranks) for ranks in row["chosen"].values()} == {50}
         steps = 0 if row["method"] == "none" else row["steps"]
         assert len(row["losses"]) == steps
