@@ -193,16 +193,34 @@ def studies():
     best, worst = LORA | {"base": "NF4"}, LORA | {"base": "NF2"}
     between = [LORA | {"base": k} for k in ("int3", "NF3", "int4", "int8")]
     long = [run | {"steps": 96} for run in (best, worst)]
+    # alpha fixed at 8, divided by r or by its root: both are scale 1 at rank 8.
+    alpha = [
+        {"method": "lora", "rank": r, "scale": round(scale, 4), "lr": lr}
+        for r in (1, 64)
+        for scale in (8 / r, (8 / r) ** 0.5)
+        for lr in rates["lora"]
+    ]
+    decays = [FULL | {"cuts": (8, 384), "decay": decay} for decay in (0.0, 1.0)]
+    adapters = LORA | {"steps": 32, "start": -1, "each": SEVEN | PAIRS}
+    shared = adapters | {"start": 0, "each": FACTORS}
+    everything = LORA | {"libraries": list(search.LIBRARIES)}
+    on_all = [everything | {"steps": n} for n in (32, 224)]
     return [
         ("rates", [{"method": m, "lr": r, "seed": 0} for m in rates for r in rates[m]]),
         ("main", over([1, 2, 3], *main)),
-        ("longer", over([1, 2, 3], LORA | {"steps": 96})),
-        ("ranks", over([1, 2], *ranks)),
-        ("change", over([1, 2], *changes)),
-        ("bases", over([1, 2], zero_shot, best, worst)),
-        ("layers", over([1, 2], *layers)),
-        ("bases", over([1], *long)),
-        ("bases", over([1, 2], *between)),
+        ("libraries", over([1, 2, 3], adapters, *on_all)),
+        ("libraries", over([1, 2], adapters, steps=16)),
+        ("libraries", over([1, 2], shared)),
+        ("change", over([1, 2, 3, 4, 5], *changes)),
+        ("decay", over([1, 2, 3], *decays)),
+        ("main", over([4, 5], *main)),
+        ("ranks", over([1, 2, 3], *ranks)),
+        ("longer", over([1, 2, 3, 4, 5], LORA | {"steps": 96})),
+        ("alpha", over([0], *alpha)),
+        ("bases", over([1, 2, 3], zero_shot, best, worst)),
+        ("bases", over([1, 2], *long)),
+        ("bases", over([1, 2, 3], *between)),
+        ("layers", over([1, 2, 3], *layers)),
     ]
 
 
@@ -307,6 +325,7 @@ def results(jobs):
         futures = [pool.submit(one, job) for job in jobs]
         for n, future in enumerate(as_completed(futures), 1):
             (study, settings), rows, seconds = future.result()
+            settings = {k: v for k, v in settings.items() if k != "each"}
             print(f"{n}/{len(jobs)} {study} {settings} {seconds:.0f} s", flush=True)
             yield rows
 
