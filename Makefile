@@ -36,7 +36,8 @@ pdf: book  ## build the book, then one PDF of it, which the pages offer (needs C
 test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output
 	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
 	$(BIN)/codespell $(PROSE)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not timed" tests
+	$(BIN)/python -m pytest -m timed tests
 	$(NBVAL) $(NOTEBOOKS)
 
 style: .venv/installed  ## format the code, also in notebooks, and mend what the linter can

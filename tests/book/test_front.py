@@ -306,6 +306,7 @@ def bare(browser, tmp_path_factory):
     server.shutdown()
 
 
+@pytest.mark.timed
 @each_page
 def test_first_paint_on_a_slow_phone(browser, site, bare, page):
     """About a third of a second for the bare page, two seconds for one of the book."""

@@ -519,6 +519,7 @@ def test_both_zero_learns_nothing(visit):
     assert page.inner_text("#b-target") == before != page.inner_text("#a-target")
 
 
+@pytest.mark.timed
 def test_the_page_stays_responsive(visit):
     """While both runs train, no task of the page's own takes more than 50 ms."""
     page = visit()
