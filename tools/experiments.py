@@ -193,11 +193,11 @@ def studies():
     best, worst = LORA | {"base": "NF4"}, LORA | {"base": "NF2"}
     between = [LORA | {"base": k} for k in ("int3", "NF3", "int4", "int8")]
     long = [run | {"steps": 96} for run in (best, worst)]
-    # alpha fixed at 8, divided by r or by its root: both are scale 1 at rank 8.
+    # Divided by r, by its root, or not at all: each rule is scale 1 at rank 8.
     alpha = [
         {"method": "lora", "rank": r, "scale": round(scale, 4), "lr": lr}
         for r in (1, 64)
-        for scale in (8 / r, (8 / r) ** 0.5)
+        for scale in (8 / r, (8 / r) ** 0.5, 1.0)
         for lr in rates["lora"]
     ]
     decays = [FULL | {"cuts": (8, 384), "decay": decay} for decay in (0.0, 1.0)]
