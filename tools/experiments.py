@@ -212,7 +212,7 @@ def studies():
         ("libraries", over([1, 2], adapters, steps=16)),
         ("libraries", over([1, 2], shared)),
         ("change", over([1, 2, 3, 4, 5], *changes)),
-        ("decay", over([1, 2, 3], *decays)),
+        ("decay", over([1, 2, 3, 4, 5], *decays)),
         ("main", over([4, 5], *main)),
         ("ranks", over([1, 2, 3], *ranks)),
         ("longer", over([1, 2, 3, 4, 5], LORA | {"steps": 96})),
@@ -220,7 +220,7 @@ def studies():
         ("bases", over([1, 2, 3], zero_shot, best, worst)),
         ("bases", over([1, 2], *long)),
         ("bases", over([1, 2, 3], *between)),
-        ("layers", over([1, 2, 3], *layers)),
+        ("layers", over([1, 2, 3, 4, 5], *layers)),
     ]
 
 
