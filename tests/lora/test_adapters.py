@@ -203,7 +203,7 @@ def test_a_layer_with_two_names_and_a_tied_head():
         ({"targets": "("}, ValueError, "targets must be a regular expression"),
         ({"targets": 3}, TypeError, "targets must be a regular expression, got 3"),
         ({"exclude": ".*"}, ValueError, "exclude='.*' matches all of"),
-        ({"exclude": "nothing_like_it"}, ValueError, "exclude='qeury' matches none of"),
+        ({"exclude": "typo"}, ValueError, "exclude='typo' matches none of"),
         ({"exclude": 3}, TypeError, "exclude must be a regular expression, got 3"),
         ({"rank": 0}, ValueError, "rank must be"),
         ({"alpha": math.nan}, ValueError, "alpha must be"),
