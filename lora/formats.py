@@ -102,8 +102,13 @@ def to_codes(flat, levels, block):
 
 
 def scaled_back(values, scales, block):
-    """`values` (n,), each times the scale of its block: (n,)."""
+    """`values` (n,), each times the scale of its block: (n,).
+
+    Raises ValueError unless there is one scale for each block.
+    """
     blocks = F.pad(values, (0, -len(values) % block)).view(-1, block)
+    if len(scales) != len(blocks):  # one scale alone would serve all blocks
+        raise ValueError(f"{len(blocks)} blocks need as many scales, got {len(scales)}")
     return (blocks * scales[:, None]).flatten()[: len(values)]
 
 

@@ -34,9 +34,16 @@ def quantize(weight, block=64):
 
 
 def dequantize(codes, scales, shape, block=64):
-    """The weight that `quantize` stored, of the given `shape`, in float32."""
+    """The weight that `quantize` stored, of the given `shape`, in float32.
+
+    Raises ValueError unless codes and scales are as many as `shape` and `block` take.
+    """
+    n = torch.Size(shape).numel()
+    if len(codes) != (n + 1) // 2:
+        took = f"{tuple(shape)} takes {(n + 1) // 2} bytes of codes"
+        raise ValueError(f"{took}, got {len(codes)}")
     pairs = torch.cartesian_prod(NF4, NF4).to(codes.device)  # byte -> its two levels
-    values = F.embedding(codes.int(), pairs).flatten()[: torch.Size(shape).numel()]
+    values = F.embedding(codes.int(), pairs).flatten()[:n]
     return scaled_back(values, scales, block).view(shape)
 
 
@@ -54,7 +61,10 @@ def double_quantize(scales, block=256):
 
 
 def double_dequantize(codes, scales, mean, block=256):
-    """The scales (n,) that `double_quantize` stored, in float32."""
+    """The scales (n,) that `double_quantize` stored, in float32.
+
+    Raises ValueError unless `scales` is one for each `block` of them.
+    """
     values = DYNAMIC.to(codes.device)[codes.int()]
     return scaled_back(values, scales, block) + mean
 

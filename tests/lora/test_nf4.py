@@ -615,3 +615,18 @@ def test_a_real_model(minilm):
     bits = 8 * sum(t.nbytes for m in new for t in m.stored())
     numbers = sum(m.in_features * m.out_features for m in new)
     assert 4.126 < bits / numbers < 4.128
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    weight = torch.randn(5, 12)
+    codes, scales = quantize(weight, block=16)
+    for wrong in (codes[:-1], torch.cat([codes, codes[:3]])):
+        with pytest.raises(ValueError, match=f"30 bytes of codes, got {len(wrong)}"):
+            dequantize(wrong, scales, (5, 12), block=16)
+    with pytest.raises(ValueError, match="4 blocks need as many scales, got 1"):
+        dequantize(codes, scales[:1], (5, 12), block=16)
+    with pytest.raises(ValueError, match="2 blocks need as many scales, got 4"):
+        dequantize(codes, scales, (5, 12), block=32)
+    twice = double_quantize(scales, block=2)
+    with pytest.raises(ValueError, match="1 blocks need as many scales, got 2"):
+        double_dequantize(*twice, block=4)
