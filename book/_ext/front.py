@@ -87,8 +87,8 @@ def verdicts():
         for v, n in counts.items()
     )
     return (
-        f"<p>{sum(counts.values())} claims of the series were checked, one by one. "
-        "Each part of the bar opens its list:</p>"
+        f"<p>{sum(counts.values())} claims that the series makes or the field repeats "
+        "were checked, one by one. Each part of the bar opens its list:</p>"
         f'<ul class="verdicts" aria-label="Verdicts on the claims">{parts}</ul>'
     )
 
