@@ -164,7 +164,7 @@ def trains(notebook):
             source = re.sub(r"(?m)^\s*[%!].*", "", cell.source)
             run = [s for s in ast.parse(source).body if not isinstance(s, DEFINITIONS)]
             text = "\n".join(map(ast.unparse, run))
-            if re.search(r"\b(fine_tune|recorded\.run)\(", text):
+            if re.search(r"\b(fine_tune|recorded\.run|(?<!\.)run)\(", text):
                 return i
     return None
 
