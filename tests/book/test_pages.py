@@ -318,6 +318,8 @@ PHONE = """async () => {
     width: document.documentElement.scrollWidth,
     figures: images.map(image => [image.width / image.naturalWidth,
       Math.round(image.getBoundingClientRect().right), image.alt]),
+    over: [...document.querySelectorAll('.table-frame :is(th, td):first-child')]
+      .filter(cell => cell.scrollWidth > cell.clientWidth).map(cell => cell.textContent),
   };
 }"""
 
@@ -414,6 +416,12 @@ def test_page_fits(facts, page):
     assert not cut, f"{page}: 88 columns do not fit at 1280 px; custom.css, cells {cut}"
     width = facts(page)["phone"]["width"]
     assert width <= 390, f"{page}: scrolls sideways on a phone ({width} px of 390)"
+
+
+@each_view
+def test_a_first_column_does_not_cover_the_next(facts, page):
+    over = facts(page)["phone"]["over"]
+    assert not over, f"{page}: wider than their cells on a phone: {over}"
 
 
 @each_chapter
