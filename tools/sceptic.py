@@ -13,12 +13,12 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # as in tools/run.py
+
 import nbformat
 import pandas as pd
 import torch
 from register import chapters
-
-os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # as in tools/run.py
 
 
 def definitions(cells):
@@ -52,13 +52,18 @@ def headlines(path):
 
 
 def attempt(path, name, seeds, setting):
-    """The verdict of one headline with these seeds, and the seconds it took."""
+    """Whether one headline stands with these seeds, its figure, and the seconds.
+
+    Plain values: a chapter that lists `Verdict` has a class of its own, which no other
+    process could read.
+    """
     torch.set_num_threads(1)
     space, start = {"__name__": "chapter"}, time.time()
     cells = nbformat.read(path, as_version=4).cells
     for source in definitions(cells):
         exec(compile(source, path.name, "exec"), space)
-    return space[name](seeds, **setting), time.time() - start
+    verdict = space[name](seeds, **setting)
+    return bool(verdict.stands), str(verdict), time.time() - start
 
 
 def trials(only=""):
@@ -90,15 +95,15 @@ def main(seed=100, only=""):
             for trial in trials(only)
         ]
         for (chapter, name, claim, setting, _, _, said), future in started:
-            verdict, seconds = future.result()
+            stands, fresh, seconds = future.result()
             row = {
                 "chapter": chapter.path.stem[:2],
                 "headline": name,
                 "setting": setting,
             }
-            row |= {"book": said, "fresh": str(verdict)}
+            row |= {"book": said, "fresh": fresh}
             row |= {
-                "verdict": "stands" if verdict.stands else "FALLS",
+                "verdict": "stands" if stands else "FALLS",
                 "s": round(seconds),
             }
             rows.append(row)

@@ -319,7 +319,8 @@ PHONE = """async () => {
     figures: images.map(image => [image.width / image.naturalWidth,
       Math.round(image.getBoundingClientRect().right), image.alt]),
     over: [...document.querySelectorAll('.table-frame :is(th, td):first-child')]
-      .filter(cell => cell.scrollWidth > cell.clientWidth).map(cell => cell.textContent),
+      .filter(cell => cell.scrollWidth > cell.clientWidth)
+      .map(cell => cell.textContent),
   };
 }"""
 

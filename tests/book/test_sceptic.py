@@ -1,9 +1,13 @@
 """`make sceptic`: a headline that fresh seeds overturn is seen to fall."""
 
+import inspect
+
 import nbformat
 import pytest
 import sceptic
 from register import Chapter, chapters
+
+from lora import evidence
 
 CELL = '''def holds(seeds, shift=0.0):
     """The mean is above zero."""
@@ -23,8 +27,10 @@ def chapter(tmp_path, monkeypatch):
         "book": {"plain": "a", "shifted": "b"},
     }
     cells = [
-        code("import torch\n\nfrom lora.evidence import Verdict, interval"),
+        code("import torch\n\nfrom lora.evidence import interval"),
+        code("from dataclasses import dataclass"),
         code("slow = torch.zeros(1) / 0\nraise SystemExit"),
+        code(inspect.getsource(evidence.Verdict), metadata={"tags": ["listing"]}),
         code(CELL, metadata={"tags": ["headline"], "headline": headline}),
     ]
     metadata = {"bound": {"a": "+0.50 [+0.20, +0.80]", "b": "−8.50 [−8.80, −8.20]"}}
