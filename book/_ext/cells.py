@@ -13,6 +13,7 @@ COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 TITLE = re.compile(r"# @title (.*)\n*")
 ANCHOR = re.compile(r'<a id="(eq-[\w-]+)"></a>')
 DATAFRAME = re.compile(r'<table border="1" class="dataframe">.*</table>', re.DOTALL)
+LONG = re.compile(r"(?<=<th>)[a-z][\w.*=]{15,}(?=</th>)")  # a name in code
 CAPTION_NUMBER = re.compile('<span class="caption-number">[^<]*</span>')
 FRAME = '<div class="table-frame" role="region" tabindex="0" aria-label="{}">'
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Cells(SphinxTransform):
                 name = next((caption.astext() for caption in captions), name)
             text = table[0].replace(' border="1"', "")
             text = text.replace("<th></th>", "<td></td>")  # it heads nothing
+            text = LONG.sub(lambda name: re.sub("([._=])", r"\1<wbr>", name[0]), text)
             text = FRAME.format(html.escape(name)) + text + "</div>"
             raw.replace_self(nodes.raw("", text, format="html"))
 
