@@ -1,5 +1,7 @@
 """`make sceptic`: a headline that fresh seeds overturn is seen to fall."""
 
+import builtins
+import dis
 import inspect
 
 import nbformat
@@ -51,6 +53,28 @@ def test_a_headline_stands_or_falls(chapter, capsys):
 
 def test_no_headline_is_no_success(chapter):
     assert sceptic.main("3", "nothing_of_this_name") == 1
+
+
+def globals_of(code):
+    """The names that a function, or one inside it, reads from its module."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    inner = [const for const in code.co_consts if hasattr(const, "co_code")]
+    return names.union(*map(globals_of, inner))
+
+
+@pytest.mark.parametrize("path", [c.path for c in chapters()], ids=lambda p: p.stem)
+def test_a_headline_finds_all_that_it_uses(path):
+    """Also what it reaches through the chapter's other functions."""
+    space = {"__name__": "chapter"}
+    for source in sceptic.definitions(nbformat.read(path, as_version=4).cells):
+        exec(compile(source, path.name, "exec"), space)
+    left, seen = [name for name, _, _ in sceptic.headlines(path)], set()
+    while left:
+        seen.add(name := left.pop())
+        assert name in space or hasattr(builtins, name), f"{name} is not defined"
+        found = inspect.unwrap(space.get(name, len))
+        if getattr(found, "__globals__", None) is space:
+            left += globals_of(found.__code__) - seen
 
 
 def test_every_chapter_has_headlines_with_two_settings():
