@@ -82,7 +82,7 @@ def whole_book(html=HTML):
     scripts = {str(s) for s in book.head.select("script")}
     for soup in soups.values():
         for script in soup.head.select("script"):
-            if "athJax" in str(script) and str(script) not in scripts:
+            if "mathjax" in str(script).lower() and str(script) not in scripts:
                 scripts.add(str(script))
                 book.head.append(script)
     return str(book)

@@ -377,6 +377,12 @@ def test_the_pdf_has_the_solutions_and_nothing_that_is_folded_else(printed):
                 assert (line in text) == title[1].startswith("Solution"), title[1]
 
 
+def test_the_pdf_has_its_formulas_typeset(paper):
+    text = "".join(p.get_textpage().get_text_range() for p in PdfDocument(paper))
+    left = re.findall(r"\\(?:frac|mathbb|text|times|alpha|Delta)\b.*", text)
+    assert not left, f"{len(left)} formulas stand as TeX: {left[:3]}"
+
+
 def test_the_pdf_links_from_chapter_to_chapter_and_to_the_world(paper):
     assert len(re.findall(rb"/Subtype\s*/Link", paper)) > 100
     addresses = {a.decode() for a in re.findall(rb"/URI \(([^)]*)\)", paper)}
