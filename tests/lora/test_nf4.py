@@ -116,11 +116,11 @@ def test_any_weight_is_as_near_as_with_bitsandbytes(values, block):
     W = torch.tensor([values])
     back = dequantize(*quantize(W, block), W.shape, block)
     scale = W.abs().max()
-    for other in (theirs(W, block)[2],):
-        # in a last block that is shorter, bitsandbytes divides where we multiply
-        ours, their = ((w.double() - W.double()).abs() for w in (back, other))
-        assert (ours <= their + 1e-6 * scale + 1e-37).all()
-        assert (their <= ours + 1e-6 * scale + 1e-37).all()
+    # in a last block that is shorter, bitsandbytes divides where we multiply
+    both = back, theirs(W, block)[2]
+    ours, their = ((w.double() - W.double()).abs() for w in both)
+    assert (ours <= their + 1e-6 * scale + 1e-37).all()
+    assert (their <= ours + 1e-6 * scale + 1e-37).all()
 
 
 def test_two_codes_a_byte_the_first_in_the_upper_half():
