@@ -184,14 +184,14 @@ def compiled(name, pattern):
         raise ValueError(f"{message}: {fault}") from None
 
 
-def choose(module, found, layers, kinds, targets):
+def choose(module, found, layers, kinds, targets, depth=3):
     """The named layers that `inject_lora` has to replace, in order.
 
     `found` holds, by name, each layer or the wrapper around it, `layers` the layer in
     either case. Chosen are those of the `kinds` whose name `targets` matches, without
     those whose weight another module uses, too, and without the wrapped ones. Warns of
     what is left out: of each tied layer, and, where all layers are asked for, of the
-    matrices that are in none. Raises TypeError or ValueError as `inject_lora` says.
+    matrices that are in none, `depth` calls up. Raises as `inject_lora` says.
     """
     if isinstance(module, kinds):
         kind = type(module).__name__
@@ -220,10 +220,10 @@ def choose(module, found, layers, kinds, targets):
     for name, layer in there.items():
         if layer in tied:
             note = f"{name} is left as it is: another module uses its weight"
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, stacklevel=depth)
     if targets is None and kinds == kinds_of_base(nn.Linear) and others:
         note = f"only linear layers are adapted, left as they are: {others}"
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=depth)
     return bare
 
 
@@ -234,9 +234,9 @@ def choose_bases(module, bases, layers, targets, exclude, quiet=False):
     Raises ValueError if `exclude` matches none of them, or all.
     """
     pattern = compiled("targets", ".*" if targets is None else targets)
-    with warnings.catch_warnings(action="ignore" if quiet else "default"):
+    with warnings.catch_warnings(action="ignore" if quiet else None):
         kinds = kinds_of_base(nn.Linear)
-        bare = choose(module, bases | layers, bases, kinds, targets)
+        bare = choose(module, bases | layers, bases, kinds, targets, depth=4)
     known = {n for n in layers if pattern.fullmatch(n)}
     chosen = {n: base for n, base in bases.items() if n in bare or n in known}
     if exclude is None:

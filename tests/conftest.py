@@ -19,7 +19,6 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
-from pdf import chromium
 
 # The same examples on every run: a failure in CI is a failure on every desk.
 settings.register_profile("book", derandomize=True, deadline=None)
@@ -133,6 +132,8 @@ def site(book):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, for the module only: Playwright holds the thread's event loop."""
+    from pdf import chromium  # it reads _config.yml, which `make mutants` has not
+
     found = chromium()
     if not found:
         missing = "no Chromium or Chrome found; name one in the variable CHROMIUM"

@@ -155,6 +155,8 @@ def main(command, *names):
         if command == "run":
             print(f"{name} ...", flush=True)
             run(notebook, exported(name, notebooks))
+            # at once: it took minutes, and a later chapter may fail
+            nbformat.write(notebook, BOOK / f"{name}.ipynb")
     for name, notebook in notebooks.items():
         for cell in notebook.cells:  # what comes from the literature and other chapters
             show(cell, known_values(notebooks) | cell.metadata.get("bound", {}))

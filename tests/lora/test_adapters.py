@@ -190,6 +190,39 @@ def test_a_layer_with_two_names_and_a_tied_head():
     assert type(model["a"]) is nn.Linear and model["a"] is model["twin"]
 
 
+def model_with_a_tied_head():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "head": nn.Linear(3, 4, bias=False)})
+    model["embedding"] = nn.Embedding(4, 3)
+    model["head"].weight = model["embedding"].weight
+    return model
+
+
+def test_the_reader_decides_whether_a_warning_is_an_error(tmp_path):
+    """And a saved adapter is put back without one: its layers are in the file."""
+    model = model_with_a_tied_head()
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="head is left as it is"):
+            add_adapter(model, "one")
+        assert same(before, snapshot(model))
+        add_adapter(model, "one", "a")
+        save_adapter(model, "one", tmp_path)
+        load_adapter(model_with_a_tied_head(), tmp_path, "one")
+
+
+@pytest.mark.unmutated  # a mutant's switch is a caller of its own
+def test_a_warning_points_to_the_line_that_adds():
+    with pytest.warns(UserWarning, match="left as") as caught:
+        add_adapter(model_with_a_tied_head(), "one")
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_one_layer_may_be_left():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    assert add_adapter(model, "one", exclude="a") == ["b"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -345,8 +378,8 @@ def test_after_routing_all_is_as_before(model, ids):
     [
         ("aabb", TypeError, "names must be a list with one entry a row"),
         (3, TypeError, "names must be a list with one entry a row"),
-        ([], ValueError, "one entry a row of the batch, got none"),
-        (["a", "d"], ValueError, "there is no adapter 'd'"),
+        ([], ValueError, "^names must have one entry a row of the batch, got none$"),
+        (["a", "d"], ValueError, "^there is no adapter 'd'; there are: None, 'a', 'b', 'c'$"),
         (["a", 1], ValueError, "there is no adapter 1"),
     ],
 )
@@ -487,7 +520,7 @@ def test_a_sum_is_its_own(model, ids):
 )
 def test_combining_refuses(model, weights, error, message):
     before = snapshot(model)
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match="^" + re.escape(message)):
         combine(model, weights, "sum")
     with pytest.raises(ValueError, match="there is an adapter 'b' already"):
         combine(model, {"a": 1}, "b")
@@ -551,7 +584,7 @@ def test_while_one_is_merged_the_rest_is_refused(model, ids, tmp_path):
             call()
     assert same(before, snapshot(model))
     unmerge_adapter(model)
-    with pytest.raises(ValueError, match="cannot unmerge: no adapter is merged"):
+    with pytest.raises(ValueError, match="^cannot unmerge: no adapter is merged$"):
         unmerge_adapter(model)
 
 

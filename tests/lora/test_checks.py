@@ -8,7 +8,7 @@ from numbers import Integral
 import numpy as np
 import pytest
 
-from lora.checks import check_number
+from lora.checks import check_number, listed
 
 
 def test_check_number_accepts_what_is_finite_and_large_enough():
@@ -55,3 +55,10 @@ def test_check_number_refuses_every_kind_of_infinity(kind):
     for text in ("inf", "-inf", "nan"):
         with pytest.raises(ValueError, match="x must be a finite number of at least 0"):
             check_number("x", kind(text), least=0)
+
+
+def test_names_that_differ_in_a_number_are_shortened_from_five_on():
+    names = [f"layer.{i}.query" for i in range(5)] + ["head"]
+    assert listed(names[1:]) == ", ".join(names[1:])
+    assert listed(names) == "layer.0.query, ..., layer.4.query (5), head"
+    assert listed([]) == "none"

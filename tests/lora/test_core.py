@@ -1180,6 +1180,7 @@ def test_counts_shared_parameters_once():
     assert (count_total(model), count_trainable(model)) == (16, 0)
 
 
+@pytest.mark.unmutated  # all mutants of a file are in it, and take time to load
 def test_import_loads_no_plotting_or_learning_library_and_takes_no_time():
     """What torch does not load itself; at most 50 ms of processor time beside torch."""
     names = ["matplotlib", "sklearn", "transformers", "huggingface_hub"]

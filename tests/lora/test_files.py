@@ -253,7 +253,7 @@ def test_peft_s_other_kinds_are_refused_by_name(tmp_path, settings, word):
         {"alpha_pattern": {"^encoder.*": "x"}},
         {"alpha_pattern": 3},
     ],
-    ids=str,
+    ids=lambda changes: next(iter(changes)),  # the name of the setting
 )
 def test_settings_that_cannot_be_honoured(saved, changes):
     (saved / files.HEAD).unlink()
