@@ -379,7 +379,7 @@ def test_after_routing_all_is_as_before(model, ids):
         ("aabb", TypeError, "names must be a list with one entry a row"),
         (3, TypeError, "names must be a list with one entry a row"),
         ([], ValueError, "^names must have one entry a row of the batch, got none$"),
-        (["a", "d"], ValueError, "^there is no adapter 'd'; there are: None, 'a', 'b', 'c'$"),
+        (["a", "d"], ValueError, "^there is no adapter 'd'; there are: None, 'a', 'b'"),
         (["a", 1], ValueError, "there is no adapter 1"),
     ],
 )

@@ -122,7 +122,7 @@ def test_the_weight_that_others_read(layer):
     got = nn.functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(got, by_hand(layer, x, "two"))
     layer.shared.rows = ["two"], torch.tensor([0])
-    with pytest.raises(ValueError, match="^a layer's weight was read inside of route, as"):
+    with pytest.raises(ValueError, match="^a layer's weight was read inside"):
         layer.weight  # noqa: B018
 
 
@@ -182,7 +182,7 @@ def test_adapters_given_to_parts_are_refused():
     parts = [nn.Sequential(nn.Linear(3, 3)) for _ in range(2)]
     for part in parts:
         add_adapter(part, "a")
-    with pytest.raises(ValueError, match="^adapters were added to parts of the model one by one: "):
+    with pytest.raises(ValueError, match="^adapters were added to parts of the"):
         set_adapter(nn.Sequential(*parts), "a")
 
 
