@@ -20,9 +20,10 @@ def normal_float(bits):
     Evenly spaced quantiles of the normal distribution, one more above zero than below,
     and zero itself (QLoRA, section 3 and appendix E). `bits` is an integer from 2 to 8.
     """
-    half = 2 ** (checks.check_number("bits", bits, 2, Integral) - 1)
-    if half > 128:
+    bits = checks.check_number("bits", bits, 2, Integral)
+    if bits > 8:
         raise ValueError(f"bits must be at most 8, got {bits}")
+    half = 2 ** (bits - 1)
     top = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2  # the last quantile: not 1
     below, above = (
         torch.special.ndtri(torch.linspace(0.5, top, n, dtype=torch.float64))
@@ -96,7 +97,7 @@ def to_codes(flat, levels, block):
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
     scales = blocks.abs().amax(1)
     # as bitsandbytes: times the inverse, and a block below 1e-38 counts as zeros
-    scaled = (blocks * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    scaled = blocks * (1 / scales.clamp(min=1e-38))[:, None]
     codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]).to(flat.device) / 2)
     return codes.to(torch.uint8).flatten()[: len(flat)], scales
 

@@ -33,7 +33,7 @@ def two_moons(n=1000, noise=0.15, degrees=0.0, seed=0, dtype=torch.float64):
     check_number("n", n, least=2, kind=Integral)
     check_number("seed", seed, least=0, kind=Integral)
     check_number("noise", noise, least=0)
-    check_number("degrees", degrees, least=-math.inf)
+    check_number("degrees", degrees)
     points, labels = make_moons(n_samples=n, noise=noise, random_state=seed)
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     rotation = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)

@@ -8,7 +8,6 @@ Eckart & Young 1936 (Psychometrika 1:211-218) for `truncate`; Hu et al. 2021
 argument.
 """
 
-import math
 from numbers import Integral
 
 import torch
@@ -103,7 +102,7 @@ def rank_for_energy(matrix, share=0.9):
     `share` lies strictly between 0 and 1. Returns an int64 tensor of shape (...).
     Raises ValueError for another share, and what `energy` raises.
     """
-    share = check_number("share", share, least=-math.inf)
+    share = check_number("share", share)
     if not 0 < share < 1:
         raise ValueError(f"share must lie strictly between 0 and 1, got {share!r}")
     return (energy(matrix) < share).sum(-1) + 1

@@ -1,6 +1,7 @@
 """`lora.formats`: levels against their definitions, rounding against brute force."""
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,7 @@ from lora.formats import (
     LEVELS,
     NF4,
     dynamic_float,
+    integers,
     normal_float,
     round_trip,
     to_codes,
@@ -39,6 +41,9 @@ def test_levels_of_a_normal_float_are_quantiles(bits):
     assert levels.shape == (2**bits,) and levels[half - 1] == 0
     assert (levels.diff() > 0).all() and levels[0] == -1 and levels[-1] == 1
     top = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
+    below, above = (norm.ppf(np.linspace(0.5, top, n)) for n in (half, half + 1))
+    exact = torch.tensor([*-below[::-1], *above[1:]] / above[-1])
+    assert (levels.double() - exact).abs().max() <= 2**-25  # rounded once, to float32
     p = torch.tensor(norm.cdf(levels.double() * norm.ppf(top)))
     for side in (p[:half], p[half - 1 :]):
         assert side.diff().max() - side.diff().min() < 1e-6
@@ -56,6 +61,9 @@ def test_sets_of_levels():
         assert (0 in levels) == (kind != "affine int4"), kind
         assert len(levels) <= 2 ** int(kind[-1])
     assert len(DYNAMIC) == 256
+    assert torch.equal(integers(2), torch.tensor([-1.0, 0, 1]))
+    assert torch.equal(integers(3), torch.arange(-3, 4) / 3)
+    assert integers(3).dtype == torch.float32
 
 
 def by_hand(weight, levels, block, affine):
@@ -101,6 +109,12 @@ def test_round_trip_keeps_the_dtype(dtype):
     back = round_trip(weight, "NF4")
     assert back.dtype == dtype
     assert torch.equal(back, round_trip(weight.float(), "NF4").to(dtype))
+
+
+def test_by_default_nf4_in_blocks_of_64():
+    weight = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(round_trip(weight), round_trip(weight, "NF4", 64))
+    assert not torch.equal(round_trip(weight), round_trip(weight, "NF4", 65))
 
 
 def test_bad_arguments_of_round_trip():
