@@ -31,9 +31,21 @@ def check_number(name, value, least=-math.inf, kind=Real):
 
 
 def check_settings(rank, alpha):
-    """Raise ValueError unless `rank` is a positive integer and `alpha` is finite."""
+    """Raise ValueError unless `rank` is a positive integer and `alpha` is finite.
+
+    Raises RuntimeError in inference mode: what is made there never gets a gradient.
+    """
     check_number("rank", rank, 1, Integral)
     check_number("alpha", alpha)
+    if torch.is_inference_mode_enabled():
+        message = "adapters made in torch.inference_mode() could never be trained"
+        raise RuntimeError(f"{message}: leave it first")
+
+
+def hooks_of(module):
+    """The kinds of hooks that a module has: "forward", "backward pre", ..."""
+    kinds = "forward", "forward_pre", "backward", "backward_pre"
+    return [k.replace("_", " ") for k in kinds if vars(module)[f"_{k}_hooks"]]
 
 
 @runtime_checkable
@@ -69,8 +81,10 @@ def check_base(name, base):
         fault = f"got {kind.__name__}, which has a forward of its own"
     elif "forward" in vars(base):
         fault = "but its forward was replaced"
-    elif base._forward_hooks or base._forward_pre_hooks:
-        fault = "but it has a forward hook or pre-hook"
+    elif kind.__call__ is not nn.Module.__call__:
+        fault = f"got {kind.__name__}, which has a __call__ of its own"
+    elif hooks_of(base):
+        fault = f"but it has a {hooks_of(base)[0]} hook"
     elif plain and type(base.weight) is not nn.Parameter:
         fault = f"but its weight is no nn.Parameter: {type(base.weight).__name__}"
     elif plain and list(base.children()):
@@ -100,13 +114,14 @@ def no_autocast(device):
 def merged_weight(name, wrapper):
     """W + (alpha / r) B A of a LoRALinear, as a parameter (d_out, d_in).
 
-    Raises ValueError if the wrapper has a hook, which a merged layer would not have, or
-    if the sum overflows the dtype of W: if it is not finite though W, A and B are.
+    Raises ValueError if the wrapper has a hook or a forward that was put into it, which
+    a merged layer would not have, or if the sum overflows the dtype of W: if it is not
+    finite though W, A and B are.
     """
-    kinds = "forward", "forward_pre", "backward", "backward_pre"
-    hooks = [kind for kind in kinds if vars(wrapper)[f"_{kind}_hooks"]]
-    if hooks:
-        got = f"its wrapper has a {hooks[0].replace('_', ' ')} hook"
+    own = [f"{kind} hook" for kind in hooks_of(wrapper)]
+    own += ["forward of its own"] * ("forward" in vars(wrapper))
+    if own:
+        got = f"its wrapper has a {own[0]}"
         raise ValueError(f"cannot merge {name}: {got}, which would be lost")
     weight = wrapper.weight.detach()
     if not weight.is_meta and not weight.isfinite().all():

@@ -45,7 +45,8 @@ class LoRALinear(nn.Module):
     in half precision small steps would be rounded away. `base` itself is kept, not
     copied, and frozen. Raises TypeError if it is neither a plain `nn.Linear` nor of a
     class that opts in (`lora.checks.check_base`), ValueError if `rank` is not a
-    positive integer or `alpha` not finite.
+    positive integer or `alpha` not finite, RuntimeError in inference mode. A subclass
+    must, in eval mode, compute what `weight` says: that is what merging keeps.
     """
 
     def __init__(self, base: nn.Linear, rank: int = 4, alpha: float = 8.0):
@@ -75,7 +76,8 @@ class LoRALinear(nn.Module):
     def weight(self):
         """W + (alpha / r) B A, (d_out, d_in), rounded once to the dtype of W.
 
-        Code that reads `layer.weight`, as attention does, gets the adapted weight.
+        Code that reads `layer.weight`, as attention does, gets the adapted weight: a
+        new tensor, so that to write into it changes nothing.
         """
         dense = checks.dense_weight(self.base)
         W, A, B = (checks.wide(t) for t in (dense, self.A, self.B))
@@ -93,7 +95,8 @@ class LoRALinear(nn.Module):
         A new layer in the dtype of W; the wrapper and its base stay as they are. It is
         of the base's own class where that is an `nn.Linear`. Raises an error that calls
         the layer `name`: TypeError if the base is no base any more, ValueError if the
-        wrapper has a hook or the sum overflows the dtype of W.
+        wrapper has a hook or a forward that was put into it, or the sum overflows the
+        dtype of W.
         """
         checks.check_base(name, self.base)
         base, bias, weight = self.base, self.bias, checks.merged_weight(name, self)

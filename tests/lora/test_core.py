@@ -356,6 +356,11 @@ class Masked(nn.Linear):
         return super().forward(x) * 2
 
 
+class Called(nn.Linear):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
 class Parent(nn.Linear):
     def __init__(self, *args):
         super().__init__(*args)
@@ -376,9 +381,15 @@ def replaced():
 
 NO_BASE = {
     "own forward": (lambda: Masked(4, 4), "got Masked, which has a forward of its own"),
-    "hook": (lambda: hooked("register_forward_hook"), "forward hook or pre-hook"),
-    "pre-hook": (lambda: hooked("register_forward_pre_hook"), "hook or pre-hook"),
+    "hook": (lambda: hooked("register_forward_hook"), "has a forward hook"),
+    "pre-hook": (lambda: hooked("register_forward_pre_hook"), "has a forward pre hook"),
+    "backward": (lambda: hooked("register_full_backward_hook"), "has a backward hook"),
+    "backward pre": (
+        lambda: hooked("register_full_backward_pre_hook"),
+        "has a backward pre hook",
+    ),
     "replaced": (replaced, "its forward was replaced"),
+    "own call": (lambda: Called(4, 4), "got Called, which has a __call__ of its own"),
     "child": (lambda: Parent(4, 4), r"it has submodules: \['inner'\]"),
 }
 
@@ -836,6 +847,36 @@ def test_a_wrapper_with_a_hook_is_not_merged(register, what, single):
     assert type(merge_lora(wrapper)) is nn.Linear
 
 
+@pytest.mark.parametrize("single", [True, False])
+def test_a_wrapper_whose_forward_was_replaced_is_not_merged(single):
+    """Some libraries add hooks in this way."""
+    model = mlp()
+    wrapper = inject_lora(model)[1]
+    wrapper.forward = lambda x: 2 * LoRALinear.forward(wrapper, x)
+    before, name = snapshot(model), "base" if single else "2"
+    with pytest.raises(
+        ValueError, match=f"^cannot merge {name}: .* a forward of its o"
+    ):
+        merge_lora(wrapper if single else model)
+    assert_unchanged(model, before)
+    del wrapper.forward
+    assert type(merge_lora(wrapper)) is nn.Linear
+
+
+def test_nothing_is_made_in_inference_mode():
+    """Its A and B would say that they are trained, and never get a gradient."""
+    model, bare = mlp(), nn.Linear(2, 2)
+    before = snapshot(model)
+    with torch.inference_mode():
+        for make in (lambda: inject_lora(model), lambda: LoRALinear(bare)):
+            with pytest.raises(RuntimeError, match=r"^adapters made in torch\.inf"):
+                make()
+        assert_unchanged(model, before)
+    layer = inject_lora(model)[0]
+    with torch.inference_mode():
+        assert type(merge_lora(layer)) is nn.Linear
+
+
 def test_merging_a_model_without_wrappers_changes_nothing():
     model = mlp()
     before = snapshot(model)
@@ -1016,7 +1057,7 @@ def test_gpt2_has_no_linear_layers_and_is_told_so(kind, there):
             "base must be a plain nn.Linear or define dense_weight\\(\\), got Conv2d",
         ),
         ({"base": LoRALinear(nn.Linear(2, 2))}, TypeError, "got LoRALinear"),
-        ({"base": nn.LazyLinear(2)}, TypeError, "it has a forward hook or pre-hook"),
+        ({"base": nn.LazyLinear(2)}, TypeError, "it has a forward pre hook"),
         (
             {"base": nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))},
             TypeError,
@@ -1087,7 +1128,7 @@ def test_numbers_of_other_libraries_are_accepted():
             nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)),
             {},
             TypeError,
-            "^1 must .* it has a forward hook or pre-hook",
+            "^1 must .* it has a forward pre hook",
         ),
     ],
 )
