@@ -8,6 +8,7 @@ is loaded on the first call of `two_moons` and not before.
 """
 
 import math
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -59,8 +60,9 @@ def moons_mlp(seed=0, dtype=torch.float64):
     check_number("seed", seed, least=0, kind=Integral)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's; leaves a GPU's alone
-        layers = [nn.Linear(2, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh()]
-        layers += [nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 2)]
+        linear = partial(nn.Linear, dtype=torch.float32)  # whatever the default is
+        layers = [linear(2, 128), nn.Tanh(), linear(128, 128), nn.Tanh()]
+        layers += [linear(128, 128), nn.Tanh(), linear(128, 2)]
         return nn.Sequential(*layers).to(dtype)
 
 
@@ -68,9 +70,12 @@ def pretrained(seeds, n=1000, noise=0.15, epochs=60, lr=1e-3):
     """The base models of the experiment, one a seed, and the data they learned from.
 
     Model i is `moons_mlp(seeds[i])`, trained on `two_moons(n, noise, seed=seeds[i])`.
-    Returns (models, x, y), with x of shape (S, n, 2) and y of shape (S, n).
+    Returns (models, x, y), with x of shape (S, n, 2) and y of shape (S, n). Raises
+    ValueError if a seed occurs twice: its run would count twice.
     """
     seeds = list(seeds)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must differ, got {seeds}")
     x, y = moons_batch(seeds, n, noise)
     models = [moons_mlp(seed) for seed in seeds]
     train(models, x, y, epochs, lr)

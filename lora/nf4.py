@@ -85,7 +85,7 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx, g):
         x_needs, bias_needs = ctx.needs_input_grad[:2]
         x_grad = g @ ctx.dense(*ctx.saved_tensors).to(g.dtype) if x_needs else None
-        bias_grad = g.flatten(0, -2).sum(0) if bias_needs else None
+        bias_grad = g.reshape(-1, g.shape[-1]).sum(0) if bias_needs else None
         return x_grad, bias_grad, *[None] * (1 + len(ctx.saved_tensors))
 
 

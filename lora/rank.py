@@ -92,7 +92,7 @@ def energy(matrix):
     S = torch.linalg.svdvals(matrix / check_matrix(matrix))
     if (S[..., 0] == 0).any():
         raise ValueError("a matrix of zeros has no energy to share out")
-    kept = (S / S[..., :1]).square().cumsum(-1)
+    kept = S.square().cumsum(-1)
     return kept / kept[..., -1:]
 
 

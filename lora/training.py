@@ -47,10 +47,10 @@ def check_stack(models, x, y):
     """Return `models` as a list if model i can be given x[i] (n, d) and y[i] (n,).
 
     One network's code is run with the tensors of all. So the models may differ in
-    nothing but the values of parameters and buffers, may share nothing that is trained,
-    and must compute logits (n, classes) without random draws and without a change of a
-    buffer. x is finite and in the models' dtype, y is int64 and in 0 .. classes - 1.
-    Raises ValueError otherwise.
+    nothing but the values of parameters and buffers, may share nothing that is trained
+    nor have a hook on it, and must compute logits (n, classes) without random draws and
+    without a change of a buffer. x is finite and in the models' dtype, y is int64 and
+    in 0 .. classes - 1. Raises ValueError otherwise.
     """
     models = list(models)
     if not models:
@@ -60,9 +60,14 @@ def check_stack(models, x, y):
     for i, model in enumerate(models):
         if what := difference(models[0], model):
             raise ValueError(f"models[{i}] and models[0] differ in {what}")
-    trained = [id(p) for m in models for p in m.parameters() if p.requires_grad]
-    if len(set(trained)) < len(trained):
+    trained = [[p for p in m.parameters() if p.requires_grad] for m in models]
+    # by memory: two parameters may be views of one tensor
+    memory = [{p.untyped_storage().data_ptr() for p in mine} for mine in trained]
+    if len(set().union(*memory)) < sum(map(len, memory)):
         raise ValueError("two models share a trained parameter: use copy.deepcopy")
+    hooks = "_backward_hooks", "_post_accumulate_grad_hooks"
+    if any(getattr(p, kind) for mine in trained for p in mine for kind in hooks):
+        raise ValueError("a parameter has a hook, which would not be called")
     n = y.shape[-1] if y.dim() else 0
     if n == 0 or not x.dim() == 3 or not x.shape[:-1] == y.shape == (len(models), n):
         raise ValueError(
@@ -116,8 +121,8 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
     """
     models = check_stack(models, x, y)
     check_number("epochs", epochs, least=0, kind=Integral)
-    check_number("batch_size", batch_size, least=1, kind=Integral)
-    check_number("seed", seed, least=0, kind=Integral)
+    batch_size = check_number("batch_size", batch_size, least=1, kind=Integral)
+    seed = check_number("seed", seed, least=0, kind=Integral)
     check_number("lr", lr, least=0)
     params, buffers = stack_module_state(models)  # all gain a first dimension of size S
     # A weight's gradient (S, d_out, d_in) comes laid out as (S, d_in, d_out): with the
@@ -164,10 +169,12 @@ def train(models, x, y, epochs=60, lr=1e-3, batch_size=64, seed=0, after_epoch=N
 
 @torch.no_grad()
 def accuracy(models, x, y):
-    """Fraction of x[i] (n, d) that model i assigns to its class y[i] (n,): (S,)."""
+    """Fraction of x[i] (n, d) that model i assigns to its class y[i] (n,): (S,).
+
+    Raises ValueError if a logit is not finite: such a model has diverged.
+    """
     models = check_stack(models, x, y)
-    correct = [
-        model(points).argmax(-1) == labels
-        for model, points, labels in zip(models, x, y)
-    ]
-    return torch.stack(correct).double().mean(1)
+    logits = torch.stack([model(points) for model, points in zip(models, x)])
+    if not logits.isfinite().all():
+        raise ValueError("a model's logits are not finite: did its training diverge?")
+    return (logits.argmax(2) == y).double().mean(1)

@@ -218,6 +218,13 @@ def test_a_warning_points_to_the_line_that_adds():
     assert [w.filename for w in caught] == [__file__]
 
 
+def test_by_default_rank_4_and_alpha_8():
+    model = nn.Sequential(nn.Linear(9, 9))
+    add_adapter(model, "one")
+    part = model[0].adapters["one"]
+    assert (part.rank, part.alpha, part.A.shape[0]) == (4, 8, 4)
+
+
 def test_one_layer_may_be_left():
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     assert add_adapter(model, "one", exclude="a") == ["b"]

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from lora import LoRALinear, freeze_all, inject_lora, merge_lora
 from lora.formats import DYNAMIC, NF4
 from lora.nf4 import (
+    FrozenProduct,
     NF4Linear,
     dequantize,
     double_dequantize,
@@ -257,7 +259,8 @@ class Masked(nn.Linear):
     ids=lambda layer: type(layer).__name__,
 )
 def test_what_is_no_plain_linear_layer_is_refused(layer):
-    with pytest.raises(TypeError, match="linear must be a plain nn.Linear"):
+    message = f"^linear must be a plain nn.Linear.*, got {type(layer).__name__}"
+    with pytest.raises(TypeError, match=message):
         NF4Linear.from_linear(layer)
 
 
@@ -319,6 +322,45 @@ def test_gradients_are_those_of_the_dense_weight(double):
         (out * direction).sum().backward()
     assert torch.allclose(xs[0].grad, xs[1].grad, atol=1e-6)
     assert torch.allclose(layer.bias.grad, b.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (3, 5, 48), (2, 3, 5, 48)])
+def test_a_trained_bias_gets_the_gradient_of_a_dense_layer(shape):
+    layer = NF4Linear.from_linear(linear())
+    dense = linear()
+    dense.weight.data = layer.weight
+    for each in (layer, dense):
+        each.bias.requires_grad_()
+        each(torch.ones(shape)).square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+
+
+def test_backward_dequantizes_only_for_a_gradient_that_is_asked_for():
+    layer, calls = NF4Linear.from_linear(linear()), []
+    layer.bias.requires_grad_()
+
+    def dense(*stored):
+        calls.append(len(stored))
+        return layer.dense(*stored)
+
+    for needed in (False, True):
+        x = torch.ones(2, 48, requires_grad=needed)
+        y = FrozenProduct.apply(x, layer.bias, dense, *layer.stored())
+        y.sum().backward()
+    assert calls == [4] * 3  # forward; forward and backward
+
+
+def test_by_default_blocks_of_64_with_scales_quantized():
+    layer = NF4Linear(linear().weight)
+    assert (layer.block, layer.is_double) == (64, True)
+    assert NF4Linear.from_linear(linear()).layout.tolist() == [40, 48, 64]
+
+
+def test_what_a_state_holds():
+    parts = ["codes", "scales", "scales_of_scales", "mean", "layout"]
+    assert [*NF4Linear.from_linear(linear()).state_dict()] == ["bias", *parts]
+    plain = NF4Linear.from_linear(linear(bias=False), double=False)
+    assert [*plain.state_dict()] == ["codes", "scales", "layout"]
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -450,6 +492,8 @@ def test_a_file_of_another_layer_is_refused(other, text):
         layer.load_state_dict(saved(other()))
     if "Missing" not in text:  # a file of other bytes does not even begin to load
         assert torch.equal(layer.dense_weight(), before)
+        with pytest.raises(RuntimeError, match=text):
+            layer.load_state_dict(saved(other()), strict=False)
 
 
 def test_a_model_is_saved_and_loaded_with_its_adapter():
@@ -545,6 +589,29 @@ def test_all_layers_or_those_that_are_asked_for():
     assert type(model[0]) is nn.Linear
     assert quantize_model(model, block=4) == [model[0]]
     assert (model[0].block, model[2][0].block) == (4, 64), "the rest, not again"
+    model = small()
+    assert not any(layer.is_double for layer in quantize_model(model, double=False))
+
+
+def test_what_is_left_is_said_where_all_is_asked_for():
+    def model():
+        return nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1))
+
+    with pytest.warns(UserWarning, match="left as they are: 1 Conv1d$"):
+        quantize_model(model())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(model(), "0")
+
+
+@pytest.mark.unmutated  # a mutant's switch is a caller of its own
+def test_a_warning_points_to_the_line_that_quantizes():
+    parts = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv1d(4, 4, 1)
+    model = nn.Sequential(*parts)
+    model[2].weight = model[0].weight
+    with pytest.warns(UserWarning, match="left as") as caught:
+        quantize_model(model)
+    assert [w.filename for w in caught] == [__file__] * 2
 
 
 def test_a_model_that_is_quantized_twice_stays_as_it_is():

@@ -159,6 +159,8 @@ def test_the_largest_numbers_do_not_overflow(dtype, top):
     assert rank_for_energy(mixed).tolist() == [1, 4]
     torch.testing.assert_close(truncate(mixed, 2)[0], full)
     assert torch.equal(truncate(0 * mixed, 1), 0 * mixed)
+    far = torch.stack([full, torch.finfo(dtype).tiny * torch.eye(4, dtype=dtype)])
+    assert rank_for_energy(far).tolist() == [1, 4]
 
 
 def test_gradients_of_truncate():

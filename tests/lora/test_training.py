@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score
@@ -305,6 +306,7 @@ def double_output(layer, args, output):
 
 CHANGES = {  # what the message names -> a change of something that is no value
     "inner.scale": lambda m: setattr(m.inner, "scale", 7.0),
+    "X": lambda m: setattr(m, "X", None),
     "function": lambda m: setattr(m, "function", torch.cos),
     "inner._forward_hooks": lambda m: m.inner.register_forward_hook(double_output),
     "inner.base.training": lambda m: m.inner.base.eval(),
@@ -371,6 +373,60 @@ def test_models_that_share_a_trained_layer_are_refused():
     with pytest.raises(ValueError, match="^two models share a trained parameter: use"):
         train(models, *moons_batch([0, 1], n=20))
     assert same(before, states(models))
+
+
+def test_models_whose_parameters_share_memory_are_refused():
+    """Different parameters, one tensor: as after loading a state with assign=True."""
+    models = [moons_mlp(0), moons_mlp(1)]
+    models[1].load_state_dict(models[0].state_dict(), assign=True)
+    before = states(models)
+    with pytest.raises(ValueError, match="^two models share a trained parameter: use"):
+        train(models, *moons_batch([0, 1], n=20))
+    assert same(before, states(models))
+
+
+@pytest.mark.parametrize(
+    "register", ["register_hook", "register_post_accumulate_grad_hook"]
+)
+def test_a_hook_on_a_parameter_would_not_be_called_and_is_refused(register):
+    models = [moons_mlp(0), moons_mlp(1)]
+    handles = [getattr(m[2].weight, register)(lambda grad: None) for m in models]
+    before = states(models)
+    with pytest.raises(ValueError, match="^a parameter has a hook, which would not be"):
+        train(models, *moons_batch([0, 1], n=20))
+    assert same(before, states(models))
+    for handle in handles:
+        handle.remove()
+    check_against_a_plain_loop(models)
+
+
+def test_a_model_may_use_one_activation_twice():
+    shared = nn.Tanh()
+    layers = [nn.Linear(2, 5).double(), shared, nn.Linear(5, 2).double(), shared]
+    other = [nn.Linear(2, 5).double(), nn.Tanh(), nn.Linear(5, 2).double(), nn.Tanh()]
+    check_against_a_plain_loop([nn.Sequential(*layers), nn.Sequential(*other)])
+
+
+def test_a_model_that_diverged_has_no_accuracy():
+    models, (x, y) = [moons_mlp(0), moons_mlp(1)], moons_batch([0, 1], n=20)
+    models[1][6].bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="^a model's logits are not finite"):
+        accuracy(models, x, y)
+
+
+def test_numpys_integers_are_integers():
+    models, (x, y) = [moons_mlp(0)], moons_batch([0], n=20)
+    settings = {"epochs": 1, "batch_size": 7, "seed": 3}
+    other = copy.deepcopy(models)
+    train(models, x, y, **settings)
+    train(other, x, y, **{k: np.int64(v) for k, v in settings.items()})
+    assert same(states(models), states(other))
+
+
+def test_one_models_wrong_output_is_shown():
+    flat = nn.Sequential(nn.Linear(2, 2), nn.Flatten(0)).double()
+    with pytest.raises(ValueError, match=r"got \(2, 2\) -> \(4,\)$"):
+        train([flat], *moons_batch([0], n=20))
 
 
 def test_models_may_share_a_frozen_layer():
