@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -264,8 +265,59 @@ def test_settings_that_cannot_be_honoured(saved, changes):
     forge(saved, json.dumps(config))
     model = small()
     before = snapshot(model)
-    assert outcome(model, saved) is not None
+    key = next(iter(changes))
+    said = {"r": "rank|lora_A", "lora_alpha": "alpha", "alpha_pattern": "alpha"}
+    said |= {k: f"{k}|lora_A" for k in ("rank_pattern", "target_modules")}
+    assert re.search(said.get(key, key), str(outcome(model, saved)))
     assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fan_in_fan_out": True}, r"fan_in_fan_out must be off for plain LoRA, got T"),
+        ({"peft_type": "IA3"}, r"peft_type must be \['LORA'\] for plain LoRA, got 'I"),
+        ({"rank_pattern": [1]}, "rank_pattern must be a dictionary$"),
+        ({"target_modules": "all-linear"}, "='all-linear' does not name the layers$"),
+        ({"target_modules": ["query", 1]}, "must be a text or a list of texts$"),
+        ({"target_modules": 1}, "target_modules must be a text or a list of texts$"),
+    ],
+)
+def test_what_is_said_of_a_setting(saved, changes, message):
+    (saved / files.HEAD).unlink()
+    config = json.loads((saved / files.CONFIG).read_text()) | changes
+    forge(saved, json.dumps(config))
+    with pytest.raises(ValueError, match=f"{files.CONFIG}.*{message}"):
+        load_adapter(small(), saved)
+
+
+def test_the_settings_are_peft_s_own(tmp_path):
+    """What is constant in them is what PEFT writes for plain LoRA."""
+    folder = tmp_path / "new" / "deep"
+    save_adapter(adapted(rank=2, alpha=3.0), "a", folder)
+    text = (folder / files.CONFIG).read_text()
+    config = json.loads(text)
+    assert text == json.dumps(config, indent=2), "a text for people"
+    with safe_open(folder / files.WEIGHTS, "pt") as stored:
+        assert stored.metadata()["format"] == "pt"
+    model = get_peft_model(small(), LoraConfig(r=2, lora_alpha=3, target_modules=QUERY))
+    model.save_pretrained(tmp_path / "peft")
+    theirs = json.loads((tmp_path / "peft" / files.CONFIG).read_text())
+    ours = "target_modules", "rank_pattern", "alpha_pattern", "base_model_name_or_path"
+    for key in config.keys() - set(ours):
+        assert config[key] == theirs[key], key
+    assert set(ours) <= theirs.keys()
+
+
+def test_a_file_without_alpha_has_peft_s_default(tmp_path, ids):
+    peft_s(tmp_path, r=2, lora_alpha=LoraConfig().lora_alpha)
+    config = json.loads((tmp_path / files.CONFIG).read_text())
+    del config["lora_alpha"]
+    (tmp_path / files.CONFIG).write_text(json.dumps(config))
+    model = small()
+    load_adapter(model, tmp_path, "x")
+    place = next(iter(parts_of(model)[0].values()))
+    assert place.adapters["x"].alpha == LoraConfig().lora_alpha
 
 
 def forge(folder, config, change=None):
