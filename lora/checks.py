@@ -74,7 +74,6 @@ def check_base(name, base):
     `in_features`, `out_features`, `bias` and a forward that is linear in x.
     """
     kind, plain = type(base), not opts_in(base)
-    fault = None
     if plain and not isinstance(base, nn.Linear):
         fault = f"got {kind.__name__}"
     elif plain and kind.forward is not nn.Linear.forward:

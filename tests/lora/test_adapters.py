@@ -446,6 +446,7 @@ def test_nothing_is_switched_inside_of_a_context(model, context, tmp_path):
 def test_deleting_restores_the_base(model, ids):
     set_adapter(model, "b")
     delete_adapter(model, "b")
+    assert parts_of(model)[1].active is None
     assert torch.equal(out(model, ids), out(small(), ids))
     assert type(model.encoder.layer[0].attention.self.key) is nn.Linear
     delete_adapter(model, "a")

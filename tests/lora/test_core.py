@@ -388,7 +388,7 @@ NO_BASE = {
         lambda: hooked("register_full_backward_pre_hook"),
         "has a backward pre hook",
     ),
-    "replaced": (replaced, "its forward was replaced"),
+    "replaced": (replaced, r"dense_weight\(\), but its forward was replaced$"),
     "own call": (lambda: Called(4, 4), "got Called, which has a __call__ of its own"),
     "child": (lambda: Parent(4, 4), r"it has submodules: \['inner'\]"),
 }

@@ -63,6 +63,7 @@ def test_sets_of_levels():
     assert len(DYNAMIC) == 256
     assert torch.equal(integers(2), torch.tensor([-1.0, 0, 1]))
     assert torch.equal(integers(3), torch.arange(-3, 4) / 3)
+    assert torch.equal(integers(5), torch.arange(-15, 16) / 15)
     assert integers(3).dtype == torch.float32
 
 

@@ -80,6 +80,20 @@ def test_network_depends_on_its_seed_alone_and_leaves_the_global_one():
     assert torch.equal(single[2].weight.double(), first[2].weight)
 
 
+def test_network_does_not_depend_on_the_default_dtype():
+    expected = states([moons_mlp(3)])
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(states([moons_mlp(3)]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_pretrained_refuses_a_seed_that_occurs_twice():
+    with pytest.raises(ValueError, match=r"^seeds must differ, got \[1, 2, 1\]$"):
+        pretrained([1, 2, 1])
+
+
 def test_pretrained_trains_each_model_on_its_own_source_data():
     models, x, y = pretrained(iter([4, 8]), n=200, noise=0.1, epochs=3, lr=2e-3)
     expected = [moons_mlp(4), moons_mlp(8)]
