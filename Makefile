@@ -31,7 +31,7 @@ book: .venv/installed  ## build the book; a warning is an error
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
 pdf: book  ## build the book, then one PDF of it, which the pages offer (needs Chromium or Chrome)
-	$(BIN)/python tools/pdf.py
+	$(BIN)/python -m tools.pdf
 
 test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output
 	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
@@ -45,25 +45,25 @@ style: .venv/installed  ## format the code, also in notebooks, and mend what the
 	$(BIN)/codespell $(PROSE)
 
 mutants: .venv/installed  ## break lora/ in one place at a time: does a test fail? (ONLY='lora.core.*' for some)
-	$(BIN)/python tools/mutants.py $(ONLY)
+	$(BIN)/python -m tools.mutants $(ONLY)
 
 sceptic: .venv/installed  ## try to overturn each headline with fresh seeds (SEED=100, ONLY=NAME for one)
-	$(BIN)/python tools/sceptic.py $(or $(SEED),100) $(ONLY)
+	$(BIN)/python -m tools.sceptic $(or $(SEED),100) $(ONLY)
 
 sync: .venv/installed  ## rewrite what is written by machine: listings, tables of chapters
-	$(BIN)/python tools/run.py sync
+	$(BIN)/python -m tools.run sync
 
 experiments: .venv/installed  ## make the recorded runs of Part II that are not there yet (ONLY=STUDY)
-	$(BIN)/python tools/experiments.py run $(if $(ONLY),'$(ONLY)')
+	$(BIN)/python -m tools.experiments run $(if $(ONLY),'$(ONLY)')
 
 again: .venv/installed  ## make recorded runs again and compare them (ONLY=STUDY)
-	$(BIN)/python tools/experiments.py compare $(if $(ONLY),'$(ONLY)')
+	$(BIN)/python -m tools.experiments compare $(if $(ONLY),'$(ONLY)')
 
 alone: .venv/installed  ## each chapter whole, as on Colab: an empty folder, lora from git
 	WHOLE=1 $(BIN)/python -m pytest -q tests/book/test_colab.py
 
 run: .venv/installed  ## sync, execute the chapters, store outputs and bound numbers (ONLY=NAME for one)
-	$(BIN)/python tools/run.py run $(ONLY)
+	$(BIN)/python -m tools.run run $(ONLY)
 
 reproduce: .venv/installed  ## the chapters on 1 and 2 threads, with plain and with vector instructions
 	@set -e; for machine in LC_ALL=C.UTF-8 ATEN_CPU_CAPABILITY=default; do for n in 1 2; do \

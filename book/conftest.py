@@ -3,10 +3,11 @@
 import os
 
 import pytest
-from bound import computed, evaluate, local, reads
-from figures import difference, pictures
 from nbval.plugin import IPyNbCell
-from tolerance import differs, drawn, words
+
+from tools.kit.bound import computed, evaluate, local, reads
+from tools.kit.figures import difference, pictures
+from tools.kit.tolerance import differs, drawn, words
 
 # As in tools/run.py: no progress bars among the outputs, nothing from the network.
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lora import checks, files
+from lora import checks, peft_files
 from lora.core import LoRALinear, freeze_all
 from lora.multi import Adapter, attach, bases_of, names_of, parts_of
 
@@ -179,7 +179,7 @@ def save_adapter(model, name, folder, head=None):
     layers, _ = parts_of(model)
     checks.check_known([name], names_of(layers))
     its = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
-    files.write_adapter(Path(folder), its, head)
+    peft_files.write_adapter(Path(folder), its, head)
 
 
 def load_adapter(model, folder, name=None, head=None):
@@ -189,14 +189,14 @@ def load_adapter(model, folder, name=None, head=None):
     `head`, which must be given then. Names, shapes, dtypes and values are checked
     before `model` or `head` changes. Nothing is unpickled. Raises ValueError for a
     file that is cut or foreign, and for settings other than plain LoRA on linear
-    layers (`lora.files.PLAIN`).
+    layers (`lora.peft_files.PLAIN`).
     """
     folder, (layers, shared) = Path(folder), parts_of(model)
     name = folder.resolve().name if name is None else name
     checks.check_new_name(name, names_of(layers))
     checks.check_apart(shared, "load an adapter")
     bases = checks.choose_bases(model, bases_of(model), layers, None, None, quiet=True)
-    found, saved_head = files.read_adapter(folder, bases, head)
+    found, saved_head = peft_files.read_adapter(folder, bases, head)
     attach(model, name, {n: Adapter(*parts) for n, parts in found.items()})
     if head is not None:
         head.load_state_dict(saved_head)

@@ -104,7 +104,11 @@ class Adapters(nn.Module):
         """The base with one of its adapters, as a `LoRALinear` that shares both."""
         lora = LoRALinear.__new__(LoRALinear)  # __init__ would draw random numbers
         nn.Module.__init__(lora)
-        part, lora.base, lora.training = self.adapters[name], self.base, self.training
+        part, lora.base, lora.training = (
+            self.adapters[name],
+            self.base,
+            self.training,
+        )
         lora.rank, lora.alpha, lora.scale = part.rank, part.alpha, part.scale
         lora.A, lora.B = part.A, part.B
         return lora

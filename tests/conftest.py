@@ -132,7 +132,7 @@ def site(book):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, for the module only: Playwright holds the thread's event loop."""
-    from pdf import chromium  # it reads _config.yml, which `make mutants` has not
+    from tools.pdf import chromium  # it reads _config.yml, which `make mutants` has not
 
     found = chromium()
     if not found:

@@ -1,10 +1,10 @@
-"""The recorded runs of Part II: one row a run, in `lora/data/runs.jsonl`.
+"""The recorded runs of Part II: one row a run, in `lora/study/data/runs.jsonl`.
 
 run [STUDY]     `make experiments`: make the runs that are not there yet
 compare STUDY   make a study's runs again and compare with what is recorded
 stamp COMMIT    say which commit made rows that came from another clone
 
-A study is a list of settings of `lora.recorded.run`. Stopped at any moment, `run` goes
+A study is a list of settings of `lora.runs.run`. Stopped at any moment, `run` goes
 on with the run that it was at. Beside the rows stands `runs.json`: their SHA-256 and
 the commits whose code made them. STUDY is a regular expression for the whole name.
 """
@@ -23,9 +23,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from register import ROOT
 
-from lora import core, formats, recorded, search
+from lora import core, formats
+from lora.study import runs, search
+from tools.kit.register import ROOT
 
 EXTRAS = ("cuts", "bases", "each")  # settings that add rows to a run's own
 KS = (1, 2, 4, 8, 16, 32, 64, 384)
@@ -63,17 +64,17 @@ def search_run(settings):
     if composed := settings.pop("each", None):
         return adapters_and_sums(settings, composed)
     cuts, bases = settings.pop("cuts", ()), settings.pop("bases", ())
-    tokenizer, model, row = recorded.run(**settings)
+    tokenizer, model, row = runs.run(**settings)
     found = [row]
     for base, block in bases:
-        found.append(recorded.run(**settings | {"base": base, "block": block})[2])
+        found.append(runs.run(**settings | {"base": base, "block": block})[2])
     if row["method"] == "full":
         parts = decomposed(model)
         row |= spectrum({name: S for name, (_, S, _) in parts.items()})
-        tests = recorded.data(row["seed"])[2]
+        tests = runs.data(row["seed"])[2]
         for k in cuts:
-            ranks = recorded.ranks(truncated(parts, k), tokenizer, tests)
-            kept = {name: row[name] for name in recorded.DEFAULTS}
+            ranks = runs.ranks(truncated(parts, k), tokenizer, tests)
+            kept = {name: row[name] for name in runs.DEFAULTS}
             found.append(kept | {"cut": k, "ranks": ranks})
     return found
 
@@ -85,17 +86,17 @@ def adapters_and_sums(settings, composed):
     """
     found, factors = [], {}
     for settings_of in each(settings):
-        tokenizer, model, row = recorded.run(**settings_of)
+        tokenizer, model, row = runs.run(**settings_of)
         found.append(row)
         wrappers = core.find(model, core.LoRALinear)
         factors[row["libraries"][0]] = {
             name: (w.scale * w.B.detach(), w.A.detach()) for name, w in wrappers.items()
         }
-    tests = recorded.data(settings["seed"])[2]
+    tests = runs.data(settings["seed"])[2]
     for name, (method, libraries, weight) in composed.items():
         parts = [factors[library] for library in libraries]
-        ranks = recorded.ranks(together(parts, method, weight), tokenizer, tests)
-        settings_of = {k: row[k] for k in recorded.DEFAULTS}
+        ranks = runs.ranks(together(parts, method, weight), tokenizer, tests)
+        settings_of = {k: row[k] for k in runs.DEFAULTS}
         settings_of |= {"libraries": list(libraries), "start": settings["start"]}
         found.append(settings_of | {"composed": name, "ranks": ranks})
     return found
@@ -114,7 +115,7 @@ def together(parts, method, weight):
     """The base with the sum of updates, each name -> (B, A), as `method` says."""
     _, model = search.load_minilm()
     root = abs(weight) ** 0.5
-    for name, layer in recorded.layers(model).items():
+    for name, layer in runs.layers(model).items():
         Bs, As = zip(*(part[name] for part in parts))
         update = weight * sum(B @ A for B, A in zip(Bs, As))
         if method == "average":
@@ -130,12 +131,12 @@ def together(parts, method, weight):
 
 def decomposed(model):
     """Name -> the singular value decomposition of a linear layer's change."""
-    base = recorded.layers(search.load_minilm()[1])
+    base = runs.layers(search.load_minilm()[1])
     return {
         name: torch.linalg.svd(
             layer.weight.detach() - base[name].weight.detach(), full_matrices=False
         )
-        for name, layer in recorded.layers(model).items()
+        for name, layer in runs.layers(model).items()
     }
 
 
@@ -153,7 +154,7 @@ def spectrum(values):
 def truncated(parts, k):
     """The base, with k directions of each linear layer's change added."""
     _, model = search.load_minilm()
-    for name, layer in recorded.layers(model).items():
+    for name, layer in runs.layers(model).items():
         U, S, V = parts[name]
         layer.weight.data += (U[:, :k] * S[:k]) @ V[:k]
     return model
@@ -236,8 +237,8 @@ def one(job):
 
 def key(row):
     """What tells one row from another: its study, its settings, where it is cut."""
-    settings = recorded.DEFAULTS | row
-    names = [*recorded.DEFAULTS, "cut", "composed"]
+    settings = runs.DEFAULTS | row
+    names = [*runs.DEFAULTS, "cut", "composed"]
     return json.dumps([row["study"], *(settings.get(k) for k in names)])
 
 
@@ -259,16 +260,16 @@ def keys(job):
 
 def made():
     """Key -> row, of all that is recorded. A last line that was cut is left out."""
-    text = recorded.DATA.read_text() if recorded.DATA.exists() else ""
+    text = runs.DATA.read_text() if runs.DATA.exists() else ""
     *lines, last = text.split("\n")
     rows = {}
     for i, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
-            raise ValueError(f"line {i} of {recorded.DATA} is no JSON") from None
+            raise ValueError(f"line {i} of {runs.DATA} is no JSON") from None
         if key(row) in rows:
-            raise ValueError(f"line {i} of {recorded.DATA} is there twice")
+            raise ValueError(f"line {i} of {runs.DATA} is there twice")
         rows[key(row)] = row
     if last:
         print("the last line was cut: its run is made again", flush=True)
@@ -278,20 +279,20 @@ def made():
 def store(rows, commit):
     """Replace the file in one go, so that no interruption cuts it, then stamp it."""
     lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
-    new = recorded.DATA.with_suffix(".new")
+    new = runs.DATA.with_suffix(".new")
     new.write_text("".join(lines))
-    new.replace(recorded.DATA)
+    new.replace(runs.DATA)
     stamp(commit)
 
 
 def stamped():
     """What the file's stamp says: {"sha256": ..., "rows": ..., "commits": [...]}."""
-    return json.loads(recorded.STAMP.read_text()) if recorded.STAMP.exists() else {}
+    return json.loads(runs.STAMP.read_text()) if runs.STAMP.exists() else {}
 
 
 def digest():
     """What the stamp must say of the rows that are there."""
-    data = recorded.DATA.read_bytes()
+    data = runs.DATA.read_bytes()
     return {"sha256": hashlib.sha256(data).hexdigest(), "rows": data.count(b"\n")}
 
 
@@ -301,7 +302,7 @@ def stamp(commit):
         raise ValueError(f"a commit has 40 hexadecimal digits, got {commit!r}")
     commits = dict.fromkeys([*stamped().get("commits", []), commit])
     text = json.dumps(digest() | {"commits": list(commits)}, indent=2)
-    recorded.STAMP.write_text(text + "\n")
+    runs.STAMP.write_text(text + "\n")
 
 
 def commit():
@@ -358,8 +359,8 @@ def run(only=".*"):
         for row in new:
             rows.pop(key(row), None)
         store([*rows.values(), *new], head)
-    if recorded.DATA.exists() and not digest().items() <= stamped().items():
-        print(f"{recorded.STAMP.name} is of other rows: see `stamp COMMIT`")
+    if runs.DATA.exists() and not digest().items() <= stamped().items():
+        print(f"{runs.STAMP.name} is of other rows: see `stamp COMMIT`")
     return 0
 
 
@@ -372,10 +373,10 @@ def compare(only=".*"):
             print(f"not recorded: {key(row)}")
             wrong += 1
             continue
-        if "versions" in row and (other := recorded.other_versions(old)):
+        if "versions" in row and (other := runs.other_versions(old)):
             print(f"recorded with other versions: {other}")
             wrong += 1
-        then, now = recorded.points(old), recorded.points(row)
+        then, now = runs.points(old), runs.points(row)
         compared += 1
         if not abs(then - now) <= TOLERANCE:
             print(f"{then:.2f} recorded, {now:.2f} now: {key(row)}")

@@ -13,7 +13,8 @@ import re
 import sys
 
 import torch
-from register import BOOK, ROOT
+
+from tools.kit.register import BOOK, ROOT
 
 LAB = BOOK / "_static" / "lab"
 ENGINE = ("matrix", "network", "optimizer", "adapters", "experiment")  # without a page
@@ -28,7 +29,7 @@ const MOONS_BASE =
 
 def pretrained_numbers():
     """All numbers of Chapter 3's pretrained network of seed 0, float32, (33666,)."""
-    from lora.moons import pretrained
+    from lora.study.moons import pretrained
 
     (model,), *_ = pretrained([0])
     return torch.cat([p.detach().flatten() for p in model.parameters()]).float()

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from register import ROOT, sources
+from tools.kit.register import ROOT, sources
 
 WORK = ROOT / "_mutants"
 LISTED = Path(__file__).with_name("equivalent-mutants.md")

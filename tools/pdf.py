@@ -11,7 +11,8 @@ import sys
 from urllib.parse import unquote, urldefrag, urljoin
 
 from bs4 import BeautifulSoup
-from register import BASE, CONFIG, ROOT, pages
+
+from tools.kit.register import BASE, CONFIG, ROOT, pages
 
 HTML = ROOT / "_build" / "html"
 NAME = "deconstructing-lora.pdf"

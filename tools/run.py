@@ -10,9 +10,11 @@ import re
 import sys
 from datetime import date
 
-import ledger
 import nbformat
-from bound import (
+from nbclient import NotebookClient
+
+from tools.kit import ledger
+from tools.kit.bound import (
     evaluate,
     exported,
     known_values,
@@ -21,11 +23,10 @@ from bound import (
     texts,
     write,
 )
-from figures import pictures
-from listings import package, sync
-from nbclient import NotebookClient
-from register import BOOK, ROOT, chapters, colab
-from tolerance import drawn
+from tools.kit.figures import pictures
+from tools.kit.listings import package, sync
+from tools.kit.register import BOOK, ROOT, chapters, colab
+from tools.kit.tolerance import drawn
 
 # Kernels inherit it: no progress bars among the outputs, nothing from the network.
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}

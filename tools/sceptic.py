@@ -1,9 +1,9 @@
 """`make sceptic SEED=100`: every headline of the book, tried again with fresh seeds.
 
 A headline is a function of a seed set, in a cell tagged `headline`, that returns a
-`lora.evidence.Verdict`. The cell's metadata name the number of seeds, at least two
-settings, and the chapter's own result for each. Of the chapter only that runs which
-defines something: imports, functions, literals.
+`Verdict` (`lora.study.evidence`). The cell's metadata name the number of seeds, at
+least two settings, and the chapter's own result for each. Of the chapter only that
+runs which defines something: imports, functions, literals.
 """
 
 import ast
@@ -18,7 +18,8 @@ os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # as in tools/run.py
 import nbformat
 import pandas as pd
 import torch
-from register import chapters
+
+from tools.kit.register import chapters
 
 
 def definitions(cells):

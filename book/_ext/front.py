@@ -22,11 +22,9 @@ from docutils.parsers.rst import Directive
 from fontTools import subset
 from fontTools.ttLib import TTFont
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.append(str(ROOT / "tools"))
+from tools.kit import ledger, register
 
-import ledger  # noqa: E402
-import register  # noqa: E402
+ROOT = register.ROOT
 
 LANDING = "book/index"
 CLAIMS = "book/claims"

@@ -4,7 +4,8 @@ import re
 
 import nbformat
 import pytest
-from bound import (
+
+from tools.kit.bound import (
     computed,
     expression,
     faults,
@@ -17,8 +18,8 @@ from bound import (
     texts,
     write,
 )
-from register import BOOK, COLAB, REPOSITORY, chapters
-from tolerance import differs
+from tools.kit.register import BOOK, COLAB, REPOSITORY, chapters
+from tools.kit.tolerance import differs
 
 NOTEBOOKS = {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
 KNOWN = known_values(NOTEBOOKS)

@@ -3,12 +3,13 @@
 import ast
 import re
 
-import ledger
 import nbformat
 import pytest
 from myst_parser.mdit_to_docutils.base import default_slugify
-from register import BOOK, ROOT, chapters
-from sceptic import headlines
+
+from tools.kit import ledger
+from tools.kit.register import BOOK, ROOT, chapters
+from tools.sceptic import headlines
 
 ROWS = ledger.rows()
 CLAIMS = {row.number: row.source for row in ROWS}

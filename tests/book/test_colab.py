@@ -24,7 +24,8 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
-from register import REPOSITORY, ROOT, chapters
+
+from tools.kit.register import REPOSITORY, ROOT, chapters
 
 COLAB = ["torch", "numpy", "pandas", "matplotlib", "scikit-learn", "ipykernel", "pip"]
 COLAB += ["transformers", "peft", "sympy", "networkx"]
@@ -202,7 +203,7 @@ def test_what_is_cut():
     assert [cell.source for cell in shortened(notebook).cells] == ["a"], "no tag"
     calls = [code("def f(x):\n    fine_tune(x)"), code("loss = search.fine_tune(m)")]
     assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
-    calls = [code("%pip install x"), code("for m in ms:\n    recorded.run(m)")]
+    calls = [code("%pip install x"), code("for m in ms:\n    runs.run(m)")]
     assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
 
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
-from bound import KEY, faults_of_text, known_values, outside, texts
-from bound import faults as unbound
-from figures import difference
-from listings import drift, listing_cells, package
-from notebooks import FOLDED, faults
-from register import BASE, BOOK, BRANCH, COLAB, REPOSITORY, chapters
-from run import run as store_run
-from run import tables
 from test_bound import check_links
 from test_claims import CLAIMS, check_claim
 
-from lora.plots import use_book_style
+from lora.study.plots import use_book_style
+from tools.kit.bound import KEY, faults_of_text, known_values, outside, texts
+from tools.kit.bound import faults as unbound
+from tools.kit.figures import difference
+from tools.kit.listings import drift, listing_cells, package
+from tools.kit.notebooks import FOLDED, faults
+from tools.kit.register import BASE, BOOK, BRANCH, COLAB, REPOSITORY, chapters
+from tools.run import run as store_run
+from tools.run import tables
 
 NOTEBOOKS = {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
 PACKAGE = package()

@@ -7,14 +7,15 @@ import subprocess
 from collections import Counter
 from importlib.metadata import version
 
-import experiments
 import pytest
 import torch
 import yaml
-from register import ROOT
 from torch import nn
 
-from lora import core, recorded, search
+from lora import core
+from lora.study import runs, search
+from tools import experiments
+from tools.kit.register import ROOT
 
 HEAD = "0" * 40
 JOBS = [
@@ -27,9 +28,9 @@ JOBS = [
 def rows_of(job):
     """What a run would give, without making it."""
     study, settings = job
-    keys = settings.keys() & recorded.DEFAULTS.keys()
-    row = {"study": study} | recorded.DEFAULTS | {k: settings[k] for k in keys}
-    row |= {"versions": recorded.versions(), "ranks": {"numpy": [1, 2]}}
+    keys = settings.keys() & runs.DEFAULTS.keys()
+    row = {"study": study} | runs.DEFAULTS | {k: settings[k] for k in keys}
+    row |= {"versions": runs.versions(), "ranks": {"numpy": [1, 2]}}
     rows = [row]
     rows += [row | {"cut": k} for k in settings.get("cuts", ())]
     bases = settings.get("bases", ())
@@ -39,8 +40,8 @@ def rows_of(job):
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A file of its own, JOBS as the only studies, runs that cost nothing; the log."""
-    monkeypatch.setattr(recorded, "DATA", tmp_path / "runs.jsonl")
-    monkeypatch.setattr(recorded, "STAMP", tmp_path / "runs.json")
+    monkeypatch.setattr(runs, "DATA", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(runs, "STAMP", tmp_path / "runs.json")
     monkeypatch.setattr(experiments, "commit", lambda: HEAD)
     grouped = [(study, [settings]) for study, settings in JOBS]
     monkeypatch.setattr(experiments, "studies", lambda: grouped)
@@ -56,7 +57,7 @@ def made(tmp_path, monkeypatch):
 
 
 def lines():
-    return recorded.DATA.read_text().splitlines(keepends=True)
+    return runs.DATA.read_text().splitlines(keepends=True)
 
 
 def test_each_run_is_made_once(made):
@@ -67,10 +68,10 @@ def test_each_run_is_made_once(made):
     assert set(experiments.made()) == {
         key for job in JOBS for key in experiments.keys(job)
     }
-    before = recorded.DATA.read_bytes(), recorded.STAMP.read_bytes()
+    before = runs.DATA.read_bytes(), runs.STAMP.read_bytes()
     experiments.run()
     assert made == JOBS, "nothing was made again"
-    assert before == (recorded.DATA.read_bytes(), recorded.STAMP.read_bytes())
+    assert before == (runs.DATA.read_bytes(), runs.STAMP.read_bytes())
 
 
 def test_a_study_by_its_name(made):
@@ -93,7 +94,7 @@ def test_stopped_between_two_runs(made, monkeypatch):
     monkeypatch.setattr(experiments, "results", stopped)
     with pytest.raises(KeyboardInterrupt):
         experiments.run()
-    assert recorded.rows("main").shape[0] == 1
+    assert runs.rows("main").shape[0] == 1
     monkeypatch.setattr(experiments, "results", results)
     made.clear()
     experiments.run()
@@ -106,7 +107,7 @@ def test_a_file_that_was_cut_is_mended(made, kept, half, capsys):
     """After any number of lines, in the middle of the next or not."""
     experiments.run()
     whole = lines()
-    recorded.DATA.write_text("".join(whole[:kept]) + whole[kept][:50] * half)
+    runs.DATA.write_text("".join(whole[:kept]) + whole[kept][:50] * half)
     made.clear()
     experiments.run()
     complete = (1, 4, 7)
@@ -119,25 +120,25 @@ def test_a_file_that_was_cut_is_mended(made, kept, half, capsys):
 def test_other_faults_of_the_file_are_refused(made):
     experiments.run()
     whole = lines()
-    recorded.DATA.write_text("".join([whole[0], "{\n", *whole[1:]]))
+    runs.DATA.write_text("".join([whole[0], "{\n", *whole[1:]]))
     with pytest.raises(ValueError, match="line 2 of .* is no JSON"):
         experiments.run()
-    recorded.DATA.write_text("".join([*whole, whole[1]]))
+    runs.DATA.write_text("".join([*whole, whole[1]]))
     with pytest.raises(ValueError, match="line 8 of .* is there twice"):
         experiments.run()
 
 
 def test_the_stamp_is_of_the_rows(made, capsys):
     experiments.run("main")
-    stamp = json.loads(recorded.STAMP.read_text())
+    stamp = json.loads(runs.STAMP.read_text())
     assert stamp == experiments.digest() | {"commits": [HEAD]} and stamp["rows"] == 4
     experiments.stamp("1" * 40)
     assert experiments.stamped()["commits"] == [HEAD, "1" * 40]
-    recorded.DATA.write_text("".join(lines()[:2]).replace("2]", "3]"))
+    runs.DATA.write_text("".join(lines()[:2]).replace("2]", "3]"))
     capsys.readouterr()
     experiments.run("main")
     assert experiments.stamped()["commits"] == [HEAD, "1" * 40]
-    recorded.DATA.write_text("".join(lines()).replace("2]", "3]"))
+    runs.DATA.write_text("".join(lines()).replace("2]", "3]"))
     experiments.run("main")
     assert "runs.json is of other rows" in capsys.readouterr().out
     with pytest.raises(ValueError, match="40 hexadecimal digits, got 'main'"):
@@ -146,7 +147,7 @@ def test_the_stamp_is_of_the_rows(made, capsys):
 
 def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
-    for name in ("lora/data/runs.jsonl", "lora/core.py", "tools/experiments.py"):
+    for name in ("lora/study/data/runs.jsonl", "lora/core.py", "tools/experiments.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
@@ -154,7 +155,7 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     head = experiments.commit()
     assert re.fullmatch("[0-9a-f]{40}", head)
-    (tmp_path / "lora/data/runs.jsonl").write_text("2\n")
+    (tmp_path / "lora/study/data/runs.jsonl").write_text("2\n")
     (tmp_path / "notes").write_text("2\n")
     assert experiments.commit() == head
     (tmp_path / "lora/core.py").write_text("2\n")
@@ -198,18 +199,18 @@ def test_a_full_run_keeps_the_spectrum_of_its_change(monkeypatch):
     values = torch.tensor([3.0, 2, 1, 0, 0, 0])
     with torch.no_grad():
         tuned["encoder"]["a"].weight += directions * values @ directions.T
-    settings = recorded.DEFAULTS | {"method": "full"}
+    settings = runs.DEFAULTS | {"method": "full"}
     row = settings | {"ranks": {}}
     monkeypatch.setattr(experiments, "KS", (1, 2, 6))
-    monkeypatch.setattr(recorded, "run", lambda **s: (None, tuned, dict(row)))
+    monkeypatch.setattr(runs, "run", lambda **s: (None, tuned, dict(row)))
     monkeypatch.setattr(search, "load_minilm", lambda: (None, model()))
-    monkeypatch.setattr(recorded, "data", lambda seed: ((), (), {}))
+    monkeypatch.setattr(runs, "data", lambda seed: ((), (), {}))
 
     def distance(cut, tokenizer, report):
         gap = cut["encoder"]["a"].weight - tuned["encoder"]["a"].weight
         return {"gap": gap.norm().item()}
 
-    monkeypatch.setattr(recorded, "ranks", distance)
+    monkeypatch.setattr(runs, "ranks", distance)
     job = ("change", {"method": "full", "cuts": (1, 2, 6)})
     (_, rows, _) = experiments.one(job)
     assert rows[0]["energy"] == {"encoder.a": [round(9 / 14, 4), round(13 / 14, 4), 1]}
@@ -256,14 +257,12 @@ def test_adapters_and_their_sums(monkeypatch, start):
         (layer,) = core.inject_lora(model, rank=1, alpha=2.0)
         layer.A.data = torch.tensor([A.get(library, [0.0, 0])])
         layer.B.data = torch.tensor([B.get(library, [0.0, 0])]).T
-        return None, model, recorded.DEFAULTS | settings | {"ranks": {}}
+        return None, model, runs.DEFAULTS | settings | {"ranks": {}}
 
-    monkeypatch.setattr(recorded, "run", run)
+    monkeypatch.setattr(runs, "run", run)
     monkeypatch.setattr(search, "load_minilm", lambda: (None, base()))
-    monkeypatch.setattr(recorded, "data", lambda seed: ((), (), {}))
-    monkeypatch.setattr(
-        recorded, "ranks", lambda m, *_: m["encoder"]["a"].weight.tolist()
-    )
+    monkeypatch.setattr(runs, "data", lambda seed: ((), (), {}))
+    monkeypatch.setattr(runs, "ranks", lambda m, *_: m["encoder"]["a"].weight.tolist())
     settings = {"method": "lora", "start": start, "seed": 1, "steps": 3, "each": SUMS}
     (job, rows, _) = experiments.one(("libraries", settings))
     starts = [1, 2, 3, 4, 5, 6, 7] if start < 0 else [0] * 7
@@ -327,8 +326,8 @@ def rows():
 
 
 def test_the_file_is_small_and_stamped():
-    assert recorded.DATA.stat().st_size < 2e6
-    assert recorded.DATA.read_bytes().endswith(b"\n")
+    assert runs.DATA.stat().st_size < 2e6
+    assert runs.DATA.read_bytes().endswith(b"\n")
     stamp = experiments.stamped()
     assert stamp == experiments.digest() | {"commits": stamp["commits"]}
     assert stamp["commits"]
@@ -337,7 +336,7 @@ def test_the_file_is_small_and_stamped():
 
 def test_no_line_was_written_by_hand(rows):
     text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-    assert text == recorded.DATA.read_text()
+    assert text == runs.DATA.read_text()
 
 
 def test_what_is_planned_is_recorded_and_nothing_else(rows):
@@ -354,7 +353,7 @@ def test_versions_are_the_pinned_ones(rows):
     for text in {row["versions"] for row in rows if "versions" in row}:
         found = dict(entry.split("=") for entry in text.split())
         assert {k: v.partition("+")[0] for k, v in found.items()} == {
-            name: pins[name] for name in recorded.PACKAGES
+            name: pins[name] for name in runs.PACKAGES
         }
 
 
@@ -384,11 +383,11 @@ def test_summaries_come_from_the_ranks(rows):
         for ranks in row["ranks"].values():
             for rank in ranks:
                 total, count = total + 1 / rank, count + 1
-        assert recorded.points(row) == pytest.approx(100 * total / count)
+        assert runs.points(row) == pytest.approx(100 * total / count)
 
 
 def test_pins_are_what_is_installed():
-    for name in (*recorded.PACKAGES, "tqdm", "huggingface_hub"):
+    for name in (*runs.PACKAGES, "tqdm", "huggingface_hub"):
         pin = re.search(
             rf"^{name}==(\S+)", (ROOT / "requirements.txt").read_text(), re.M
         )

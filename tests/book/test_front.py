@@ -8,9 +8,7 @@ from http.server import ThreadingHTTPServer
 from importlib.metadata import version
 from urllib.parse import parse_qs, urlsplit
 
-import ledger
 import nbformat
-import pdf
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
@@ -18,7 +16,10 @@ from bs4 import BeautifulSoup
 from conftest import Pages
 from fontTools.ttLib import TTFont
 from pypdfium2 import PdfDocument
-from register import ROOT, chapters, colab, pages
+
+from tools import pdf
+from tools.kit import ledger
+from tools.kit.register import ROOT, chapters, colab, pages
 
 PAGES = pages()
 CHAPTERS = [c.path.stem for c in chapters()]

@@ -11,12 +11,12 @@ from functools import cache
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from lab import ENGINE, LAB, SCRIPTS, pretrained_numbers, stored_numbers
-from register import ROOT
 from torch import nn
 
 from lora.core import LoRALinear, freeze_all, inject_lora
-from lora.moons import moons_mlp, two_moons
+from lora.study.moons import moons_mlp, two_moons
+from tools.kit.register import ROOT
+from tools.lab import ENGINE, LAB, SCRIPTS, pretrained_numbers, stored_numbers
 
 BIOME = "@biomejs/biome@2.6.8"
 TASK = {"angle": 45, "points": 1000, "noise": 0.15, "seed": 0, "epochs": 60}

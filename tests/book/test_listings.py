@@ -2,8 +2,9 @@
 
 import nbformat
 import pytest
-from listings import definitions, drift, package, sync
-from register import chapters
+
+from tools.kit.listings import definitions, drift, package, sync
+from tools.kit.register import chapters
 
 each = pytest.mark.parametrize("chapter", chapters(), ids=lambda c: c.path.stem)
 SOURCE = (

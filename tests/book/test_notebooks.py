@@ -4,9 +4,10 @@ import re
 
 import nbformat
 import pytest
-from notebooks import faults, has
-from register import ROOT, chapters
-from run import exports, written
+
+from tools.kit.notebooks import faults, has
+from tools.kit.register import ROOT, chapters
+from tools.run import exports, written
 
 NOTEBOOKS = {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
 each = pytest.mark.parametrize("name", NOTEBOOKS)

@@ -15,9 +15,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup, Comment
 from PIL import Image
-from register import BASE, ROOT, chapters, colab, pages
 
-from lora import plots
+from lora.study import plots
+from tools.kit.register import BASE, ROOT, chapters, colab, pages
 
 PAGES = pages()
 CHAPTERS = [

@@ -7,8 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from listings import listing_cells, package
-from register import BASE, ROOT, chapters, sources
+
+from tools.kit.listings import listing_cells, package
+from tools.kit.register import BASE, ROOT, chapters, sources
 
 MODULE = '''"""What the dummy chapter builds."""
 

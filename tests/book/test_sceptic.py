@@ -6,10 +6,10 @@ import inspect
 
 import nbformat
 import pytest
-import sceptic
-from register import Chapter, chapters
 
-from lora import evidence
+from lora.study import evidence
+from tools import sceptic
+from tools.kit.register import Chapter, chapters
 
 CELL = '''def holds(seeds, shift=0.0):
     """The mean is above zero."""
@@ -29,7 +29,7 @@ def chapter(tmp_path, monkeypatch):
         "book": {"plain": "a", "shifted": "b"},
     }
     cells = [
-        code("import torch\n\nfrom lora.evidence import interval"),
+        code("import torch\n\nfrom lora.study.evidence import interval"),
         code("from dataclasses import dataclass"),
         code("slow = torch.zeros(1) / 0\nraise SystemExit"),
         code(inspect.getsource(evidence.Verdict), metadata={"tags": ["listing"]}),

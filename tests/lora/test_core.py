@@ -1225,13 +1225,13 @@ def test_counts_shared_parameters_once():
 def test_import_loads_no_plotting_or_learning_library_and_takes_no_time():
     """What torch does not load itself; at most 50 ms of processor time beside torch."""
     names = ["matplotlib", "sklearn", "transformers", "huggingface_hub"]
-    names += ["pandas", "sentence_transformers", "lora.search", "lora.recorded"]
+    names += ["pandas", "sentence_transformers", "lora.study.search", "lora.study.runs"]
     code = f"""if True:
     import sys, time, torch
     start = time.process_time()
     import lora
     seconds = time.process_time() - start
-    import lora.core, lora.moons, lora.rank
+    import lora.core, lora.study.moons, lora.rank
     print([name for name in {names} if name in sys.modules], seconds < 0.05, seconds)"""
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

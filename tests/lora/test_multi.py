@@ -150,7 +150,7 @@ def test_attention_reads_the_weight_of_the_adapter():
 def test_with_one_is_the_layer_of_chapter_2(layer):
     x, state = torch.randn(3, 6, dtype=torch.float64), torch.get_rng_state()
     lora = layer.eval().with_one("three")
-    assert isinstance(lora, core.LoRALinear) and not lora.training
+    assert isinstance(lora, core.LoRALinear) and not lora.study.training
     assert torch.equal(torch.get_rng_state(), state), "nothing was drawn"
     assert lora.A is layer.adapters["three"].A and lora.base is layer.base
     torch.testing.assert_close(lora(x), by_hand(layer, x, "three"))

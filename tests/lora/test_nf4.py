@@ -24,7 +24,7 @@ from lora.nf4 import (
     quantize,
     quantize_model,
 )
-from lora.search import load_minilm
+from lora.study.search import load_minilm
 
 BLOCKS = 32, 64, 128, 1024  # that bitsandbytes has, too
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from lora import LoRALinear, count_trainable
-from lora.moons import moons_mlp, two_moons
 from lora.rank import (
     RandomSubspace,
     break_even_rank,
@@ -21,7 +20,8 @@ from lora.rank import (
     training_bytes,
     truncate,
 )
-from lora.training import train
+from lora.study.moons import moons_mlp, two_moons
+from lora.study.training import train
 
 
 def matrix(*shape, seed=0, dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""`lora.recorded`: a run on a small model, the file of runs, and what is read of it."""
+"""`lora.study.runs`: a run on a small model, the file of runs, what is read of it."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from lora import recorded, search
+from lora.study import runs, search
 
 ROW = {"study": "main", "method": "none", "seed": 1, "versions": "a=1", "losses": []}
 ROW |= {"ranks": {"numpy": [1, 2], "torch": [4]}}
@@ -48,8 +48,8 @@ def small(monkeypatch, tokenizer):
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     """The file of rows, in a folder of its own, not there yet."""
-    monkeypatch.setattr(recorded, "DATA", tmp_path / "runs.jsonl")
-    return recorded.DATA
+    monkeypatch.setattr(runs, "DATA", tmp_path / "runs.jsonl")
+    return runs.DATA
 
 
 def write(file, *rows):
@@ -57,7 +57,7 @@ def write(file, *rows):
 
 
 def test_data_of_a_seed(small):
-    train, choose, report = recorded.data(1)
+    train, choose, report = runs.data(1)
     assert len(train) == 5 * 10
     assert not any("sympy" in s or "networkx" in s for _, s in train)
     assert list(choose) == list(report) == list(search.LIBRARIES)
@@ -66,15 +66,15 @@ def test_data_of_a_seed(small):
         assert len(held_out) == 200 and not held_out & {*train}
         pairs = search.docstring_pairs(library)
         assert search.split(pairs, 1)[1:] == (choose[library], report[library])
-    assert recorded.data(2)[1] == choose and recorded.data(2)[2] != report
-    one = recorded.data(1, ["sympy"])
+    assert runs.data(2)[1] == choose and runs.data(2)[2] != report
+    one = runs.data(1, ["sympy"])
     assert len(one[0]) == 10 and one[1:] == (choose, report)
     with pytest.raises(ValueError, match=r"libraries must be of .* got \['pandas'\]"):
-        recorded.data(1, ["numpy", "pandas"])
+        runs.data(1, ["numpy", "pandas"])
 
 
 def test_shuffled_pairs_are_all_wrong(small):
-    train, right = recorded.data(1, shuffled=True)[0], recorded.data(1)[0]
+    train, right = runs.data(1, shuffled=True)[0], runs.data(1)[0]
     assert not {*train} & {*right}
     for side in (0, 1):
         assert sorted(p[side] for p in train) == sorted(p[side] for p in right)
@@ -86,8 +86,8 @@ def test_shuffled_pairs_are_all_wrong(small):
 def test_what_a_method_trains(small, method, trainable):
     """Rank 2 on six layers of width 8 has 2 · 2 · 8 parameters a layer."""
     _, model = search.load_minilm()
-    settings = recorded.DEFAULTS | {"method": method, "rank": 2}
-    recorded.prepare(model, settings)
+    settings = runs.DEFAULTS | {"method": method, "rank": 2}
+    runs.prepare(model, settings)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     pooler = sum(p.numel() for p in model.pooler.parameters())
     if trainable is None:
@@ -98,24 +98,24 @@ def test_what_a_method_trains(small, method, trainable):
 
 def test_a_run_and_its_row(small):
     settings = {"rank": 2, "steps": 2, "lr": 0.05, "seed": 3, "decay": 0.0}
-    tokenizer, model, row = recorded.run(**settings)
+    tokenizer, model, row = runs.run(**settings)
     assert row == json.loads(json.dumps(row))
-    assert {k: row[k] for k in recorded.DEFAULTS} == recorded.DEFAULTS | settings
+    assert {k: row[k] for k in runs.DEFAULTS} == runs.DEFAULTS | settings
     assert len(row["losses"]) == 2 and row["step_time"] > 0
     assert {k: len(v) for k, v in row["chosen"].items()} == dict.fromkeys(
         search.LIBRARIES, 50
     )
-    score = search.search_score(model, tokenizer, recorded.data(3)[2]["scipy"])
+    score = search.search_score(model, tokenizer, runs.data(3)[2]["scipy"])
     assert score.tolist() == pytest.approx([1 / r for r in row["ranks"]["scipy"]])
     assert all(1 <= r <= 150 for ranks in row["ranks"].values() for r in ranks)
-    again = recorded.run(**settings)[2]
+    again = runs.run(**settings)[2]
     assert row | {"step_time": 0} == again | {"step_time": 0}
-    other = recorded.run(**settings | {"lr": 0.5})[2]
+    other = runs.run(**settings | {"lr": 0.5})[2]
     assert other["ranks"] != row["ranks"]
 
 
 def test_a_run_without_training_is_the_base(small):
-    _, model, row = recorded.run(method="none")
+    _, model, row = runs.run(method="none")
     assert row["losses"] == [] and row["step_time"] >= 0
     _, base = search.load_minilm()
     for name, value in base.state_dict().items():
@@ -136,56 +136,56 @@ def test_a_run_without_training_is_the_base(small):
 )
 def test_a_run_refuses(small, settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        recorded.run(**settings)
+        runs.run(**settings)
 
 
 def test_versions_are_those_of_the_installed():
-    found = dict(entry.split("=") for entry in recorded.versions().split())
-    assert found == {name: version(name) for name in recorded.PACKAGES}
-    row = {"versions": recorded.versions()}
-    assert recorded.other_versions(row) == ""
+    found = dict(entry.split("=") for entry in runs.versions().split())
+    assert found == {name: version(name) for name in runs.PACKAGES}
+    row = {"versions": runs.versions()}
+    assert runs.other_versions(row) == ""
     bare = " ".join(e.partition("+")[0] for e in row["versions"].split())
-    assert recorded.other_versions({"versions": bare + " "}) == ""
+    assert runs.other_versions({"versions": bare + " "}) == ""
     old = row["versions"].replace(f"sympy={version('sympy')}", "sympy=1.0")
-    assert recorded.other_versions({"versions": old}) == "sympy=1.0"
+    assert runs.other_versions({"versions": old}) == "sympy=1.0"
 
 
 def test_points_are_the_mean_over_all_queries():
-    assert recorded.points(ROW) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
+    assert runs.points(ROW) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
 
 
 def test_rows_of_a_study(file):
     write(file, ROW, ROW | {"study": "rates", "lr": 3e-4}, ROW | {"seed": 2})
-    table = recorded.rows("main")
+    table = runs.rows("main")
     assert list(table["seed"]) == [1, 2] and list(table.index) == [0, 1]
-    assert list(table["lr"]) == [recorded.DEFAULTS["lr"]] * 2, "younger than the row"
+    assert list(table["lr"]) == [runs.DEFAULTS["lr"]] * 2, "younger than the row"
     assert table["ranks"][0] == ROW["ranks"]
-    assert list(recorded.rows("rates")["lr"] == 3e-4) == [True]
+    assert list(runs.rows("rates")["lr"] == 3e-4) == [True]
     assert isinstance(table, pd.DataFrame)
 
 
 def test_figures_are_read_as_they_were_written(file):
     rates = [2e-4, 1 / 3, math.pi * 1e-4, 5e-324]
     write(file, *({"study": "x", "lr": rate} for rate in rates))
-    assert list(recorded.rows("x")["lr"]) == rates
+    assert list(runs.rows("x")["lr"]) == rates
 
 
 def test_rows_without_a_file(file):
     with pytest.raises(FileNotFoundError, match="holds no runs: `make experiments`"):
-        recorded.rows("main")
+        runs.rows("main")
     file.write_text("")
     with pytest.raises(FileNotFoundError, match="holds no runs"):
-        recorded.rows("main")
+        runs.rows("main")
 
 
 def test_rows_of_a_cut_file(file):
     write(file, ROW, ROW)
     file.write_text(file.read_text()[:-9])
     with pytest.raises(ValueError, match="line 2 of .* is no JSON, cut"):
-        recorded.rows("main")
+        runs.rows("main")
 
 
 def test_rows_of_no_study(file):
     write(file, ROW)
     with pytest.raises(ValueError, match=r"study must be one of \['main'\]"):
-        recorded.rows("no such study")
+        runs.rows("no such study")

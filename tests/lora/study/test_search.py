@@ -1,4 +1,4 @@
-"""`lora.search` against sentence-transformers, scikit-learn and plain Python.
+"""`lora.study.search` against sentence-transformers, scikit-learn and plain Python.
 
 Training is tried on MiniLM for a step or two, and on a BERT of one narrow block with
 random weights and MiniLM's tokenizer.
@@ -25,7 +25,8 @@ from sklearn.metrics import label_ranking_average_precision_score
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from lora import core, search
+from lora import core
+from lora.study import search
 
 NAMES = ["rand perm", "svd", "matrix power", "log norm"]
 SENTENCES = [
@@ -74,7 +75,7 @@ def same(first, second):
 
 
 def test_the_package_is_found_without_running_it(minilm):
-    code = "import sys; from lora import search; search.load_minilm()\n"
+    code = "import sys; from lora.study import search; search.load_minilm()\n"
     code += (
         "print(search.PACKAGE in sys.modules, 'sentence_transformers' in sys.modules)"
     )
@@ -200,7 +201,7 @@ def test_with_neither_the_error_says_how_to_get_it(no_package, monkeypatch, faul
 
 
 def test_offline_with_an_empty_cache_the_error_is_the_same(tmp_path):
-    code = "from lora import search\nsearch.PACKAGE = 'no_such_package'\n"
+    code = "from lora.study import search\nsearch.PACKAGE = 'no_such_package'\n"
     code += "try: search.load_minilm()\nexcept FileNotFoundError as e: print(e)"
     assert "pip install gt-all" in python(code, HF_HOME=str(tmp_path))
 
@@ -216,7 +217,7 @@ def test_a_module_in_the_packages_place_is_no_package(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("disable", "seen"), [("1", False), ("", True)])
 def test_bars_are_seen_unless_they_are_switched_off(disable, seen):
-    code = "from lora import search; t, m = search.load_minilm()\n"
+    code = "from lora.study import search; t, m = search.load_minilm()\n"
     code += "search.fine_tune(m, t, [(f'a {i}', f'b {i}') for i in range(4)], 1, 0, 2)"
     text = python(code, TQDM_DISABLE=disable)
     assert ("Loading weights" in text) == seen
@@ -283,7 +284,7 @@ def test_each_pair_is_of_the_object_that_it_names():
 ORDER = """
 import hashlib, json, random, sys
 {before}
-from lora import search
+from lora.study import search
 pairs = {{library: search.docstring_pairs(library) for library in search.LIBRARIES}}
 print(hashlib.sha256(json.dumps(pairs).encode()).hexdigest())
 """
@@ -308,7 +309,7 @@ def test_order_depends_on_nothing_that_a_process_draws(seed, before):
 def test_reading_draws_no_random_number_and_changes_no_setting():
     code = """if True:
     import random, numpy, torch, matplotlib
-    from lora import search
+    from lora.study import search
     def state():
         drawn = random.random(), numpy.random.rand(), torch.rand(1).item()
         return drawn, dict(matplotlib.rcParams), torch.get_default_dtype()
@@ -319,7 +320,7 @@ def test_reading_draws_no_random_number_and_changes_no_setting():
 
 
 def test_docstrings_are_there_also_where_python_drops_them():
-    code = "from lora import search; print(len(search.docstring_pairs('numpy')))"
+    code = "from lora.study import search; print(len(search.docstring_pairs('numpy')))"
     assert python(code, PYTHONOPTIMIZE="2") == str(len(search.docstring_pairs("numpy")))
 
 
@@ -330,7 +331,7 @@ def test_another_library_is_refused(library):
 
 
 def test_a_missing_library_is_named():
-    code = "import sys; sys.modules['networkx'] = None\nfrom lora import search\n"
+    code = "import sys; sys.modules['networkx'] = None\nfrom lora.study import search\n"
     code += "try: search.docstring_pairs('numpy')\n"
     code += "except ModuleNotFoundError as e: print(e)"
     assert "networkx" in python(code)

@@ -1,4 +1,4 @@
-"""`lora.training` against a plain loop, one model at a time, and scikit-learn."""
+"""`lora.study.training` against a plain loop, one model at a time, and scikit-learn."""
 
 import copy
 from collections import Counter
@@ -11,8 +11,8 @@ from torch import nn
 from torch.profiler import profile
 
 from lora import LoRALinear, freeze_all, inject_lora
-from lora.moons import moons_batch, moons_mlp
-from lora.training import accuracy, train
+from lora.study.moons import moons_batch, moons_mlp
+from lora.study.training import accuracy, train
 
 
 def train_alone(model, x, y, epochs, lr, batch_size=64, seed=0):

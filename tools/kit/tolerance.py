@@ -8,10 +8,10 @@ a cell that draws, the name of its `figure`. Without it everything is compared e
 import math
 import re
 
-from bound import evaluate
+from tools.kit.bound import evaluate
 
 NUMBER = r"[-−+]?\d[\d,_]*(?:\.\d+)?(?:e[-+]?\d+)?"
-DRAWN = "__import__('lora.plots').plots.drawn({})"
+DRAWN = "__import__('lora.study.plots').study.plots.drawn({})"
 
 
 def drawn(client, tolerance):

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
@@ -44,8 +44,10 @@ def chapters():
 
 
 def sources():
-    """Name of each module of the package -> its file; `__init__` only names things."""
-    return {f.stem: f for f in sorted((ROOT / "lora").glob("[!_]*.py"))}
+    """Name ("core", "study.moons") of each module of lora/ -> its file."""
+    package = ROOT / "lora"
+    files = sorted(package.rglob("[!_]*.py"))
+    return {".".join(f.relative_to(package).with_suffix("").parts): f for f in files}
 
 
 def colab(chapter):

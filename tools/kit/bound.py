@@ -19,7 +19,7 @@ import asyncio
 import inspect
 import re
 
-from register import BOOK, ROOT, pages
+from tools.kit.register import BOOK, ROOT, pages
 
 KEY = r"<!-- (?P<key>[^\n]*?) -->"
 TOKEN = r"[+−]?\w(?:[\w.,-]*\w)?%?(?: \[[+−][\d.]+, [+−][\d.]+\])?"  # or an interval

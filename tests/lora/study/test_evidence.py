@@ -1,4 +1,4 @@
-"""`lora.evidence` against SciPy's paired t-test, one-sided t-tests and coverage."""
+"""`study.evidence` against SciPy's paired t-test, one-sided t-tests and coverage."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lora.evidence import Verdict, interval, smallest_margin
+from lora.study.evidence import Verdict, interval, smallest_margin
 
 RNG = np.random.default_rng(0)
 SAMPLES = [RNG.normal(mean, 2, n) for mean, n in [(0, 2), (3, 10), (-1, 40), (-9, 7)]]

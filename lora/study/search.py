@@ -185,7 +185,7 @@ def read():
     for library in LIBRARIES:
         if importlib.util.find_spec(library) is None:
             raise ModuleNotFoundError(f"{library} is not installed", name=library)
-    code = "import json; from lora.search import LIBRARIES, docstrings; "
+    code = "import json; from lora.study.search import LIBRARIES, docstrings; "
     code += "print(json.dumps({name: docstrings(name) for name in LIBRARIES}))"
     # PYTHONOPTIMIZE would drop the docstrings.
     plain = os.environ | {"MPLBACKEND": "agg", "PYTHONOPTIMIZE": ""}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lora.checks import check_number
-from lora.training import train
+from lora.study.training import train
 
 
 def two_moons(n=1000, noise=0.15, degrees=0.0, seed=0, dtype=torch.float64):

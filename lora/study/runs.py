@@ -1,8 +1,8 @@
 """Runs on the real model: one function that makes a run, and the file of those made.
 
 A grid of runs takes longer than a chapter may. `make experiments` makes them all with
-`run` and writes one row each into `lora/data/runs.jsonl`; `rows` reads them, and a
-chapter makes some of them again. Chapter 4 of the book builds this file.
+`run` and writes one row each into `lora/study/data/runs.jsonl`; `rows` reads them,
+and a chapter makes some of them again. Chapter 4 of the book builds this file.
 """
 
 import importlib.metadata
@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lora import core, formats, search
+from lora import core, formats
+from lora.study import search
 
 DATA = Path(__file__).parent / "data" / "runs.jsonl"
 STAMP = DATA.with_suffix(".json")  # its SHA-256 and the commits that made it

@@ -1,4 +1,4 @@
-"""`lora.files`: PEFT reads what we write and the reverse; all else is refused whole."""
+"""`lora.peft_files`: PEFT reads what we write, we read PEFT's; all else is refused."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from lora import files
+from lora import peft_files
 from lora.adapters import add_adapter, load_adapter, save_adapter, set_adapter
 from lora.multi import parts_of
 
@@ -94,7 +94,10 @@ def same(a, b):
 def test_peft_reads_ours(tmp_path, ids, settings):
     model = adapted(**settings)
     save_adapter(model, "a", tmp_path)
-    assert {f.name for f in tmp_path.iterdir()} == {files.CONFIG, files.WEIGHTS}
+    assert {f.name for f in tmp_path.iterdir()} == {
+        peft_files.CONFIG,
+        peft_files.WEIGHTS,
+    }
     set_adapter(model, "a")
     theirs = PeftModel.from_pretrained(small(), tmp_path)
     torch.testing.assert_close(out(theirs, ids), out(model, ids), atol=1e-6, rtol=1e-6)
@@ -257,8 +260,8 @@ def test_peft_s_other_kinds_are_refused_by_name(tmp_path, settings, word):
     ids=lambda changes: next(iter(changes)),  # the name of the setting
 )
 def test_settings_that_cannot_be_honoured(saved, changes):
-    (saved / files.HEAD).unlink()
-    file = saved / files.CONFIG
+    (saved / peft_files.HEAD).unlink()
+    file = saved / peft_files.CONFIG
     config = json.loads(file.read_text()) | changes
     if "rank_pattern" not in changes:
         config |= {"rank_pattern": {"value": 3}} if "r" in changes else {}
@@ -284,10 +287,10 @@ def test_settings_that_cannot_be_honoured(saved, changes):
     ],
 )
 def test_what_is_said_of_a_setting(saved, changes, message):
-    (saved / files.HEAD).unlink()
-    config = json.loads((saved / files.CONFIG).read_text()) | changes
+    (saved / peft_files.HEAD).unlink()
+    config = json.loads((saved / peft_files.CONFIG).read_text()) | changes
     forge(saved, json.dumps(config))
-    with pytest.raises(ValueError, match=f"{files.CONFIG}.*{message}"):
+    with pytest.raises(ValueError, match=f"{peft_files.CONFIG}.*{message}"):
         load_adapter(small(), saved)
 
 
@@ -295,14 +298,14 @@ def test_the_settings_are_peft_s_own(tmp_path):
     """What is constant in them is what PEFT writes for plain LoRA."""
     folder = tmp_path / "new" / "deep"
     save_adapter(adapted(rank=2, alpha=3.0), "a", folder)
-    text = (folder / files.CONFIG).read_text()
+    text = (folder / peft_files.CONFIG).read_text()
     config = json.loads(text)
     assert text == json.dumps(config, indent=2), "a text for people"
-    with safe_open(folder / files.WEIGHTS, "pt") as stored:
+    with safe_open(folder / peft_files.WEIGHTS, "pt") as stored:
         assert stored.metadata()["format"] == "pt"
     model = get_peft_model(small(), LoraConfig(r=2, lora_alpha=3, target_modules=QUERY))
     model.save_pretrained(tmp_path / "peft")
-    theirs = json.loads((tmp_path / "peft" / files.CONFIG).read_text())
+    theirs = json.loads((tmp_path / "peft" / peft_files.CONFIG).read_text())
     ours = "target_modules", "rank_pattern", "alpha_pattern", "base_model_name_or_path"
     for key in config.keys() - set(ours):
         assert config[key] == theirs[key], key
@@ -311,9 +314,9 @@ def test_the_settings_are_peft_s_own(tmp_path):
 
 def test_a_file_without_alpha_has_peft_s_default(tmp_path, ids):
     peft_s(tmp_path, r=2, lora_alpha=LoraConfig().lora_alpha)
-    config = json.loads((tmp_path / files.CONFIG).read_text())
+    config = json.loads((tmp_path / peft_files.CONFIG).read_text())
     del config["lora_alpha"]
-    (tmp_path / files.CONFIG).write_text(json.dumps(config))
+    (tmp_path / peft_files.CONFIG).write_text(json.dumps(config))
     model = small()
     load_adapter(model, tmp_path, "x")
     place = next(iter(parts_of(model)[0].values()))
@@ -322,17 +325,17 @@ def test_a_file_without_alpha_has_peft_s_default(tmp_path, ids):
 
 def forge(folder, config, change=None):
     """Other settings, with files that say that they belong together."""
-    (folder / files.CONFIG).write_text(config)
-    tensors = load_file(folder / files.WEIGHTS)
+    (folder / peft_files.CONFIG).write_text(config)
+    tensors = load_file(folder / peft_files.WEIGHTS)
     tensors = change(tensors) if change else tensors
     plain = {name: value.contiguous().clone() for name, value in tensors.items()}
-    save_file(plain, folder / files.WEIGHTS)
+    save_file(plain, folder / peft_files.WEIGHTS)
 
 
 def test_the_forged_file_would_have_been_read(saved):
     """The refusals above are not those of `forge`."""
-    (saved / files.HEAD).unlink()
-    forge(saved, (saved / files.CONFIG).read_text())
+    (saved / peft_files.HEAD).unlink()
+    forge(saved, (saved / peft_files.CONFIG).read_text())
     assert load_adapter(small(), saved) == "mine"
 
 
@@ -359,8 +362,8 @@ FIRST = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
     ],
 )
 def test_tensors_that_do_not_fit(saved, change, message):
-    (saved / files.HEAD).unlink()
-    forge(saved, (saved / files.CONFIG).read_text(), change)
+    (saved / peft_files.HEAD).unlink()
+    forge(saved, (saved / peft_files.CONFIG).read_text(), change)
     model = small()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
@@ -370,10 +373,10 @@ def test_tensors_that_do_not_fit(saved, change, message):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_read(saved, dtype):
-    (saved / files.HEAD).unlink()
-    config = (saved / files.CONFIG).read_text()
+    (saved / peft_files.HEAD).unlink()
+    config = (saved / peft_files.CONFIG).read_text()
     forge(saved, config, lambda t: {k: v.to(dtype) for k, v in t.items()})
-    model, expected = small(), load_file(saved / files.WEIGHTS)[FIRST]
+    model, expected = small(), load_file(saved / peft_files.WEIGHTS)[FIRST]
     load_adapter(model, saved)
     A = model.encoder.layer[0].attention.self.query.adapters["mine"].A
     assert A.dtype == torch.float32 and torch.equal(A, expected.float())
@@ -421,7 +424,9 @@ def refused(folder, given=None):
     return fault and str(fault)
 
 
-@pytest.mark.parametrize("name", [files.CONFIG, files.WEIGHTS, files.HEAD])
+@pytest.mark.parametrize(
+    "name", [peft_files.CONFIG, peft_files.WEIGHTS, peft_files.HEAD]
+)
 def test_a_file_cut_anywhere_is_refused(saved, name):
     whole = (saved / name).read_bytes()
     places = [0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1]
@@ -436,7 +441,10 @@ def test_a_file_cut_anywhere_is_refused(saved, name):
 
 def test_hundreds_of_mutated_files(saved):
     """Any byte changed, or bytes put in or taken out: refused, or read as it stands."""
-    draw, kinds = random.Random(0), [files.CONFIG, files.WEIGHTS, files.HEAD]
+    draw, kinds = (
+        random.Random(0),
+        [peft_files.CONFIG, peft_files.WEIGHTS, peft_files.HEAD],
+    )
     originals = {name: (saved / name).read_bytes() for name in kinds}
     caught = 0
     for i in range(400):
@@ -454,7 +462,7 @@ def test_hundreds_of_mutated_files(saved):
         (saved / name).write_bytes(data)
         message = refused(saved)
         caught += message is not None
-        if name == files.CONFIG:  # other settings than those that were saved
+        if name == peft_files.CONFIG:  # other settings than those that were saved
             assert message or bytes(data) == originals[name]
         (saved / name).write_bytes(originals[name])
     assert caught > 200
@@ -462,7 +470,8 @@ def test_hundreds_of_mutated_files(saved):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
-    data=st.binary(max_size=200), name=st.sampled_from([files.WEIGHTS, files.CONFIG])
+    data=st.binary(max_size=200),
+    name=st.sampled_from([peft_files.WEIGHTS, peft_files.CONFIG]),
 )
 def test_any_bytes_are_refused(saved, data, name):
     original = (saved / name).read_bytes()
@@ -487,8 +496,8 @@ KEYS += ["rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropou
 @given(key=st.sampled_from(KEYS), value=JSON)
 def test_any_value_of_a_setting(saved, key, value):
     """Refused, or something that means plain LoRA; never another exception."""
-    original = (saved / files.CONFIG).read_text()
-    (saved / files.HEAD).unlink(missing_ok=True)
+    original = (saved / peft_files.CONFIG).read_text()
+    (saved / peft_files.HEAD).unlink(missing_ok=True)
     forge(saved, json.dumps(json.loads(original) | {key: value}))
     model = small()
     before = snapshot(model)
@@ -508,7 +517,9 @@ class Planted:
         return (open, (self.path, "w"))
 
 
-@pytest.mark.parametrize("name", [files.WEIGHTS, files.CONFIG, files.HEAD])
+@pytest.mark.parametrize(
+    "name", [peft_files.WEIGHTS, peft_files.CONFIG, peft_files.HEAD]
+)
 def test_nothing_is_unpickled(saved, name):
     trap, original = saved / "trap", (saved / name).read_bytes()
     (saved / name).write_bytes(pickle.dumps(Planted(str(trap))))
@@ -518,25 +529,25 @@ def test_nothing_is_unpickled(saved, name):
     for other in ("adapter_model.bin", "pytorch_model.bin"):
         torch.save({FIRST: Planted(str(trap))}, saved / other)
     (saved / name).write_bytes(original)
-    (saved / files.WEIGHTS).unlink()
+    (saved / peft_files.WEIGHTS).unlink()
     assert "holds no adapter_model.safetensors" in refused(saved) and not trap.exists()
 
 
 def test_oversized_and_hostile_heads_of_files(saved):
-    (saved / files.CONFIG).write_text("[" * 10**5)
+    (saved / peft_files.CONFIG).write_text("[" * 10**5)
     assert "is no JSON" in refused(saved)
-    (saved / files.CONFIG).write_text(" " * (files.LARGEST_CONFIG + 1))
+    (saved / peft_files.CONFIG).write_text(" " * (peft_files.LARGEST_CONFIG + 1))
     assert "has over 1,000,000 bytes" in refused(saved)
-    (saved / files.CONFIG).write_text("3")
+    (saved / peft_files.CONFIG).write_text("3")
     assert "must hold a dictionary, got 3" in refused(saved)
-    (saved / files.CONFIG).write_text("{}")
+    (saved / peft_files.CONFIG).write_text("{}")
     assert "lacks peft_type, r, target_modules" in refused(saved)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**40, 10**8 + 1, 10])
 def test_a_head_that_claims_to_be_long(saved, length):
-    data = (saved / files.WEIGHTS).read_bytes()
-    (saved / files.WEIGHTS).write_bytes(struct.pack("<Q", length) + data[8:])
+    data = (saved / peft_files.WEIGHTS).read_bytes()
+    (saved / peft_files.WEIGHTS).write_bytes(struct.pack("<Q", length) + data[8:])
     assert "is no whole safetensors file" in refused(saved)
 
 
@@ -544,15 +555,15 @@ def test_files_of_two_savings_are_refused(tmp_path):
     for rank in (2, 3):
         save_adapter(adapted(rank=rank), "a", tmp_path / str(rank), head=head(rank))
         save_adapter(adapted(alpha=rank), "a", tmp_path / f"alpha {rank}", head())
-    for name in (files.CONFIG, files.WEIGHTS):
+    for name in (peft_files.CONFIG, peft_files.WEIGHTS):
         mixed = tmp_path / f"alpha {3}" / name
         original = mixed.read_bytes()
         mixed.write_bytes((tmp_path / "alpha 2" / name).read_bytes())
         assert "are of two savings" in refused(mixed.parent)
         mixed.write_bytes(original)
     assert refused(tmp_path / "alpha 3") is None
-    other = (tmp_path / "2" / files.HEAD).read_bytes()
-    (tmp_path / "3" / files.HEAD).write_bytes(other)
+    other = (tmp_path / "2" / peft_files.HEAD).read_bytes()
+    (tmp_path / "3" / peft_files.HEAD).write_bytes(other)
     assert "are of two savings" in refused(tmp_path / "3")
 
 
@@ -597,7 +608,7 @@ def test_a_crash_while_saving(saved, ids, monkeypatch, step):
 
 def test_saving_the_same_settings_again_leaves_old_or_new(saved, monkeypatch, ids):
     """While one trains, only the numbers change: then no crash leaves a mixture."""
-    (saved / files.HEAD).unlink()
+    (saved / peft_files.HEAD).unlink()
     model = small()
     load_adapter(model, saved)
     set_adapter(model, "mine")
@@ -642,7 +653,7 @@ def test_where_it_cannot_be_saved(saved, tmp_path):
         save_adapter(adapted(), "b", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="is a file"):
-        save_adapter(adapted(), "a", saved / files.CONFIG)
+        save_adapter(adapted(), "a", saved / peft_files.CONFIG)
     with pytest.raises(ValueError, match="holds the head of an earlier saving"):
         save_adapter(adapted(), "a", saved)
     with pytest.raises(TypeError, match="head must be a module, got 3"):
@@ -655,7 +666,7 @@ def test_where_it_cannot_be_saved(saved, tmp_path):
 def test_only_the_adapter_is_in_the_file(tmp_path):
     model = adapted(rank=2)
     save_adapter(model, "a", tmp_path)
-    tensors = load_file(tmp_path / files.WEIGHTS)
+    tensors = load_file(tmp_path / peft_files.WEIGHTS)
     assert sum(t.numel() for t in tensors.values()) == 4 * 2 * (16 + 16)
     assert all(re.fullmatch(r".*\.lora_[AB]\.weight", name) for name in tensors)
 
@@ -676,7 +687,7 @@ def test_a_head_is_neither_forgotten_nor_made_up(saved):
         load_adapter(model, saved)
     assert "must be (4, 16), got (3, 16)" in refused(saved, head(width=4))
     assert "lacks bias, weight" in refused(saved, nn.LayerNorm(3))
-    (saved / files.HEAD).unlink()
+    (saved / peft_files.HEAD).unlink()
     assert "holds no head.safetensors" in refused(saved)
     with pytest.raises(TypeError, match="head must be a module, got 'x'"):
         load_adapter(model, saved, head="x")

@@ -1,4 +1,4 @@
-"""`lora.moons` against scikit-learn, numpy and the series' counts."""
+"""`lora.study.moons` against scikit-learn, numpy and the series' counts."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from sklearn.datasets import make_moons
 from torch import nn
 
 from lora import count_trainable
-from lora.moons import moons_batch, moons_mlp, pretrained, two_moons
-from lora.training import accuracy, train
+from lora.study.moons import moons_batch, moons_mlp, pretrained, two_moons
+from lora.study.training import accuracy, train
 
 
 def states(models):

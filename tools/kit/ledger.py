@@ -9,7 +9,7 @@ sync` writes the README's.
 import re
 from collections import Counter, namedtuple
 
-from register import BASE, BOOK
+from tools.kit.register import BASE, BOOK
 
 # Verdict -> how it reads after a count, and its colour: Okabe-Ito, dark enough for
 # white letters.

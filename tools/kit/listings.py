@@ -7,7 +7,7 @@ read from the cell itself: every line that begins with `def NAME` or `class NAME
 import ast
 import re
 
-from register import sources
+from tools.kit.register import sources
 
 
 def definitions(source):

@@ -1,10 +1,10 @@
-"""`lora.plots`: what a figure shows, as numbers, and the style's promises."""
+"""`lora.study.plots`: what a figure shows, as numbers, and the style's promises."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from lora.plots import drawn, use_book_style
+from lora.study.plots import drawn, use_book_style
 
 
 @pytest.fixture

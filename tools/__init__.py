@@ -1,0 +1,1 @@
+"""The press: commands for authors (`python -m tools.NAME`)."""

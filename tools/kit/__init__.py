@@ -1,0 +1,1 @@
+"""What the authors' commands, the tests and the pages' extensions share."""
