@@ -114,7 +114,7 @@ def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
     layers = layers_of(model, kind, wrapper)
     wanted = matching("targets", targets, layers) if targets is not None else [*layers]
     if exclude is not None:
-        out = matching("exclude", exclude, wanted)
+        out = set(matching("exclude", exclude, wanted))
         if len(out) in (0, len(wanted)):
             message = f"exclude={exclude!r} matches {'all' if out else 'none'} of"
             raise ValueError(f"{message} {checks.listed(wanted)}")
