@@ -205,7 +205,7 @@ def make_rows(settings):
                 how, libraries, weight = settings["sums"][row["composed"]]
                 adapters = [factors[library] for library in libraries]
                 update = joined(adapters, how, weight)
-            tokenizer, model = moved(update)
+            tokenizer, model = base_with(update)
             row["ranks"] = ranks(model, tokenizer, data(row["seed"])[2])
         rows.append(row)
     return rows
@@ -238,7 +238,7 @@ def factors_of(model):
     return {n: (w.scale * w.B.detach(), w.A.detach()) for n, w in wrappers.items()}
 
 
-def moved(update):
+def base_with(update):
     """The base's tokenizer, and the base with an update of its layers added.
 
     `update` is name -> (d_out, d_in).
