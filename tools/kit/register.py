@@ -19,6 +19,7 @@ TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 REPOSITORY = CONFIG["repository"]["url"]
 BRANCH = CONFIG["repository"]["branch"]
 BASE = CONFIG["html"]["baseurl"]
+PDF = ROOT / "_build" / "deconstructing-lora.pdf"  # by `make pdf`
 COLAB = REPOSITORY.replace("github.com", "colab.research.google.com/github")
 
 Chapter = namedtuple("Chapter", "path title modules search learn")
@@ -41,6 +42,12 @@ def chapters():
             title = re.match("# (.*)", notebook.cells[0].source)[1]
             found.append(Chapter(path, title, **notebook.metadata["book"]))
     return found
+
+
+def last_change():
+    """When a source of the pages was last changed, as a file's time stamp."""
+    files = [ROOT / "_config.yml", ROOT / "_toc.yml", *BOOK.rglob("*.*")]
+    return max(f.stat().st_mtime for f in files if f.suffix != ".pyc")
 
 
 def sources():
