@@ -1,20 +1,194 @@
 """One frozen base, many adapters: add, set, route, sum, merge, save and load them.
 
 The serving half of LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1: the tasks share
-the base, switching is an exchange of B A). The names are PEFT's where it has one.
-`model` is the root of the model throughout, layers are called by their qualified names
-in the base model. Bad arguments raise ValueError or TypeError before anything changes.
-Chapter 5 of the book builds this file.
+the base, switching is an exchange of B A). Each adapter i of a layer is an update of
+its own rank:
+
+    y = W x + b + s_i B_i A_i x        A_i: (r_i, d_in)    B_i: (d_out, r_i)
+
+i is the adapter that is set, or belongs to the row of the batch that x stands in; with
+none the layer is the base. The names are PEFT's where it has one. `model` is the root
+of the model throughout, layers are called by their qualified names in the base model.
+Bad arguments raise before anything changes. Chapter 5 of the book builds this file.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from lora import checks, peft_files
-from lora.core import LoRALinear, freeze_all
-from lora.multi import Adapter, attach, bases_of, names_of, parts_of
+from lora import bases, checks, peft_files
+from lora.core import LoRALinear, LowRankUpdate, freeze_all
+
+
+@dataclass
+class Shared:
+    """What the layers of one model share: the adapter that is in use."""
+
+    active: str | None = None  # set for all rows
+    rows: tuple | None = None  # or: distinct names, and which of them each row uses
+    inside: str | None = None  # the context that lasts
+    merged: str | None = None  # the adapter that is in the weights
+
+
+class Adapters(nn.Module):
+    """A frozen base, and named updates beside it.
+
+    Maps x of shape (..., d_in) to (..., d_out), in the dtype of the base's output.
+    Which update acts the layer reads from `shared`.
+    """
+
+    def __init__(self, base, shared):
+        super().__init__()
+        self.base, self.adapters, self.shared = base, nn.ModuleDict(), shared
+        self.train(base.training)
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.shared.rows is not None:
+            return self.routed(x, y)
+        update = self.in_use()
+        return y if update is None else update(x, y)
+
+    def in_use(self):
+        """The update that acts on all rows, or None: the base alone."""
+        name = None if self.shared.merged else self.shared.active
+        return dict(self.adapters.items()).get(name)
+
+    def routed(self, x, y):
+        """Each row of the batch with its own update: two batched products."""
+        names, index = self.shared.rows
+        if x.dim() < 2 or len(x) != len(index):
+            message = (
+                f"{len(index)} rows are routed, but a layer was given {(*x.shape,)}"
+            )
+            raise ValueError(f"{message}: the first dimension must be the batch")
+        if not any(name in self.adapters for name in names):
+            return y
+        A, B = self.stacked(names)
+        index = index.to(A.device)
+        thin = torch.bmm(x.reshape(len(x), -1, x.shape[-1]).to(A.dtype), A[index].mT)
+        rows = y.reshape(len(y), -1, y.shape[-1]).to(A.dtype)
+        return torch.baddbmm(rows, thin, B[index].mT).view(y.shape).to(y.dtype)
+
+    def stacked(self, names):
+        """A (k, r, d_in) and s B (k, d_out, r) of k names; r is the largest rank.
+
+        Filled up with zeros, also for a name that this layer has no update of.
+        """
+        updates = {n: self.adapters[n] for n in names if n in self.adapters}
+        first, rank = (
+            next(iter(updates.values())),
+            max(u.rank for u in updates.values()),
+        )
+        A = first.A.new_zeros(len(names), rank, first.A.shape[1])
+        B = first.B.new_zeros(len(names), len(first.B), rank)
+        for i, name in enumerate(names):
+            if name in updates:
+                update = updates[name]
+                A[i, : update.rank] = update.A
+                B[i, :, : update.rank] = update.scale * update.B
+        return A, B
+
+    @property
+    def weight(self):
+        """W with the update that is set, (d_out, d_in): attention reads it.
+
+        Raises ValueError inside of `route`, where there is no one weight.
+        """
+        if self.shared.rows is not None:
+            message = "a layer's weight was read inside of route, as attention may do"
+            raise ValueError(f"{message}: there each row has its own")
+        update, W = self.in_use(), bases.dense_weight(self.base)
+        return W if update is None else update.add_to(W)
+
+    bias = property(lambda self: self.base.bias)
+
+
+# --- What a model has ---
+
+WRAPPERS = Adapters, LoRALinear
+
+
+def parts_of(model):
+    """The layers that hold adapters, name -> layer, and what they share.
+
+    Raises ValueError if parts of `model` were given adapters one by one.
+    """
+    layers = bases.find(model, Adapters)
+    shared = {id(layer.shared): layer.shared for layer in layers.values()}
+    if len(shared) > 1:
+        message = "adapters were added to parts of the model one by one"
+        raise ValueError(f"{message}: always pass the same whole model")
+    return layers, next(iter(shared.values()), Shared())
+
+
+def names_of(layers):
+    """The names of the adapters in these layers, in the order of their adding."""
+    return list(dict.fromkeys(n for layer in layers.values() for n in layer.adapters))
+
+
+def known(model, what, *names):
+    """`parts_of` a model that has adapters of these names, and where one can do `what`.
+
+    Raises ValueError for an unknown name, and, unless `what` is None, inside of a
+    context or while an adapter is merged.
+    """
+    layers, shared = parts_of(model)
+    there = names_of(layers)
+    for name in names:
+        if name not in there:
+            listed = ", ".join(map(repr, there)) or "none"
+            raise ValueError(f"there is no adapter {name!r}; there are: {listed}")
+    if what and shared.inside:
+        raise ValueError(f"cannot {what} inside of {shared.inside}: leave it first")
+    if what and shared.merged:
+        message = f"cannot {what} while {shared.merged!r} is merged"
+        raise ValueError(f"{message}: unmerge_adapter first")
+    return layers, shared
+
+
+def check_new_name(model, name):
+    """Raise ValueError unless an adapter can be added with this name."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name must be a text without dots, got {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name {name!r} is taken: an nn.ModuleDict has that attribute")
+    if name in names_of(parts_of(model)[0]):
+        raise ValueError(f"there is an adapter {name!r} already")
+
+
+def check_not_injected(model, places):
+    """Raise ValueError if `inject_lora` has wrapped one of these layers."""
+    inside = [n for n in places if bases.find(model.get_submodule(n), LoRALinear)]
+    if inside:
+        message = f"{checks.listed(inside)}: wrapped by inject_lora"
+        raise ValueError(f"{message}; merge_lora first, or use add_adapter throughout")
+
+
+def attach(model, name, updates):
+    """Put updates beside their bases, layer's name -> update; return the names.
+
+    In place; bases and updates are frozen, and no output of the model changes.
+    """
+    layers, shared = parts_of(model)
+    wrappers = {layer.base: layer for layer in layers.values()}
+    for place, update in updates.items():
+        layer = model.get_submodule(place)
+        if not isinstance(layer, Adapters):
+            if layer not in wrappers:  # a layer may have several names
+                wrappers[layer] = Adapters(layer, shared)
+            model.set_submodule(place, wrappers[layer])
+            layer = wrappers[layer]
+        layer.adapters[name] = update.train(layer.base.training)
+        freeze_all(update)
+        freeze_all(layer.base)
+    return list(updates)
+
+
+# --- What one does with adapters ---
 
 
 def add_adapter(
@@ -29,26 +203,39 @@ def add_adapter(
 ):
     """Give linear layers of `model` a new adapter, in place; return the layers' names.
 
-    `targets`, a regular expression that must match a layer's whole qualified name,
-    chooses them, by default all; those that `exclude` matches are left out. The two
-    patterns are dictionaries, expression -> rank or alpha: of those that match a name
-    the first holds. Until it is set, the outputs of the model stay as they are, bit for
-    bit. The base of each layer is frozen; for the rest, `freeze_all(model)` first. What
-    cannot be adapted is refused or left alone as in `inject_lora`.
+    `targets` and `exclude` are regular expressions for whole names
+    (`lora.bases.choose`). The two patterns are dictionaries, expression -> rank or
+    alpha: of those that match a name the first holds. Until it is set, the outputs stay
+    as they are, bit for bit. The base of each layer is frozen; for the rest,
+    `freeze_all(model)` first.
     """
-    layers, shared = parts_of(model)
-    checks.check_new_name(name, names_of(layers))
-    checks.check_apart(shared, "add an adapter")
+    known(model, "add an adapter")
+    check_new_name(model, name)
     checks.check_settings(rank, alpha)
-    bases = checks.choose_bases(model, bases_of(model), layers, targets, exclude)
-    ranks = checks.by_pattern("rank_pattern", rank_pattern, bases, rank)
-    alphas = checks.by_pattern("alpha_pattern", alpha_pattern, bases, alpha)
+    chosen = bases.choose(model, targets, exclude, wrapper=WRAPPERS)
+    check_not_injected(model, chosen)
+    ranks = by_pattern("rank_pattern", rank_pattern, chosen, rank)
+    alphas = by_pattern("alpha_pattern", alpha_pattern, chosen, alpha)
     for setting in zip(ranks.values(), alphas.values()):
         checks.check_settings(*setting)
-    first = {base: n for n, base in reversed(bases.items())}  # some have two names
-    new = {b: LoRALinear(b, ranks[first[b]], alphas[first[b]]) for b in bases.values()}
-    made = {b: Adapter(lora.A, lora.B, lora.alpha) for b, lora in new.items()}
-    return attach(model, name, {n: made[base] for n, base in bases.items()})
+    updates = {}
+    for place, base in chosen.items():
+        if base not in updates:  # a layer may have several names
+            lora = LoRALinear(base, ranks[place], alphas[place])
+            updates[base] = LowRankUpdate(lora.A, lora.B, lora.alpha)
+    return attach(model, name, {place: updates[base] for place, base in chosen.items()})
+
+
+def by_pattern(name, patterns, places, default):
+    """Layer's name -> the value of the first of `patterns` that matches it whole."""
+    values = {}
+    for expression, value in (patterns or {}).items():
+        matched = bases.matching(name, expression, places)
+        if not matched:
+            message = f"{name}: {expression!r} matches none of {checks.listed(places)}"
+            raise ValueError(message)
+        values = dict.fromkeys(matched, value) | values
+    return dict.fromkeys(places, default) | values
 
 
 def set_adapter(model, name):
@@ -57,24 +244,18 @@ def set_adapter(model, name):
     It alone trains: its A and B require a gradient, those of the others do not, and
     what gradients they had are dropped, so that no optimizer moves them.
     """
-    layers, shared = parts_of(model)
-    checks.check_known([name], [None, *names_of(layers)])
-    checks.check_apart(shared, "set an adapter")
+    layers, shared = known(model, "set an adapter", *[name] * (name is not None))
     for layer in layers.values():
-        for key, adapter in layer.adapters.items():
-            if key == name:
-                adapter.requires_grad_(True)
-            else:
-                freeze_all(adapter)
+        for key, update in layer.adapters.items():
+            freeze_all(update) if key != name else update.requires_grad_(True)
     shared.active = name
 
 
 @contextmanager
-def using(model, inside, active=None, rows=None):
-    """What `shared` says while a context lasts, and afterwards what it said before."""
-    _, shared = parts_of(model)
-    checks.check_apart(shared, inside)
-    before, shared.active = shared.active, active
+def using(model, inside, rows=None):
+    """A context with none set, or with one a row; afterwards all is as it was."""
+    _, shared = known(model, inside)
+    before, shared.active = shared.active, None
     shared.rows, shared.inside = rows, inside
     try:
         yield
@@ -94,8 +275,8 @@ def route(model, names):
     another number of rows raises ValueError. A backward pass that computes activations
     again (checkpointing) belongs inside the context, too.
     """
-    names = checks.check_rows(names, names_of(parts_of(model)[0]))
     kinds = list(dict.fromkeys(names))
+    known(model, "route", *(name for name in kinds if name is not None))
     index = torch.tensor([kinds.index(name) for name in names])
     return using(model, "route", rows=(kinds, index))
 
@@ -105,9 +286,7 @@ def delete_adapter(model, name):
 
     If it was the one that is set, none is.
     """
-    layers, shared = parts_of(model)
-    checks.check_known([name], names_of(layers))
-    checks.check_apart(shared, "delete an adapter")
+    layers, shared = known(model, "delete an adapter", name)
     if shared.active == name:
         shared.active = None
     for place, layer in layers.items():
@@ -125,18 +304,23 @@ def combine(model, weights, name):
     the new scale is 1. Later changes of the parts do not change the sum. It trains
     none of them, and like any new adapter it is not set. Returns its layers' names.
     """
-    layers, shared = parts_of(model)
-    checks.check_new_name(name, names_of(layers))
-    checks.check_apart(shared, "combine adapters")
-    weights = checks.check_weights(weights, names_of(layers))
-    new = {}
+    layers, _ = known(model, "combine adapters", *weights)
+    check_new_name(model, name)
+    weights = {n: checks.check_number(f"weights[{n!r}]", weights[n]) for n in weights}
+    if not weights:
+        raise ValueError("weights must name one adapter or more, got none")
+    updates = {}
     for place, layer in layers.items():
-        parts = [(w, layer.adapters[n]) for n, w in weights if n in layer.adapters]
+        parts = [
+            (weights[n], layer.adapters[n]) for n in weights if n in layer.adapters
+        ]
         if parts:
-            A = torch.cat([part.A for _, part in parts])
-            B = torch.cat([w * part.scale * part.B for w, part in parts], 1)
-            new[place] = Adapter(A, B, float(len(A)))
-    return attach(model, name, new)
+            A = torch.cat([update.A.detach() for _, update in parts])
+            B = torch.cat(
+                [w * update.scale * update.B.detach() for w, update in parts], 1
+            )
+            updates[place] = LowRankUpdate(A, B, float(len(A)))
+    return attach(model, name, updates)
 
 
 def merge_adapter(model, name):
@@ -146,12 +330,13 @@ def merge_adapter(model, name):
     so that `unmerge_adapter` restores them bit for bit. Until then switching and
     routing raise ValueError.
     """
-    layers, shared = parts_of(model)
-    checks.check_known([name], names_of(layers))
-    checks.check_apart(shared, "merge an adapter")
-    its = {n: layer for n, layer in layers.items() if name in layer.adapters}
-    checks.check_unshared(model, its)
-    merged = {layer: layer.with_one(name).merged(n) for n, layer in its.items()}
+    layers, shared = known(model, "merge an adapter", name)
+    its = {place: layer for place, layer in layers.items() if name in layer.adapters}
+    bases.check_unshared(model, its)
+    merged = {
+        layer: bases.merge(place, layer.base, layer.adapters[name])
+        for place, layer in its.items()
+    }
     for layer, whole in merged.items():
         layer.kept, layer.base = layer.base, whole
     shared.merged = name
@@ -160,9 +345,10 @@ def merge_adapter(model, name):
 def unmerge_adapter(model):
     """Put back the bases that `merge_adapter` kept; the adapter set before is set."""
     layers, shared = parts_of(model)
-    checks.check_merged(shared)
-    for layer in {id(layer): layer for layer in layers.values()}.values():
-        if hasattr(layer, "kept"):
+    if not shared.merged:
+        raise ValueError("cannot unmerge: no adapter is merged")
+    for layer in layers.values():
+        if hasattr(layer, "kept"):  # under its second name it is done already
             layer.base = layer.kept
             del layer.kept
     shared.merged = None
@@ -176,8 +362,7 @@ def save_adapter(model, name, folder, head=None):
     replaced in one go: a crash leaves the old one, and files of two savings are refused
     when they are loaded.
     """
-    layers, _ = parts_of(model)
-    checks.check_known([name], names_of(layers))
+    layers, _ = known(model, None, name)
     its = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
     peft_files.write_adapter(Path(folder), its, head)
 
@@ -191,13 +376,19 @@ def load_adapter(model, folder, name=None, head=None):
     file that is cut or foreign, and for settings other than plain LoRA on linear
     layers (`lora.peft_files.PLAIN`).
     """
-    folder, (layers, shared) = Path(folder), parts_of(model)
+    folder = Path(folder)
     name = folder.resolve().name if name is None else name
-    checks.check_new_name(name, names_of(layers))
-    checks.check_apart(shared, "load an adapter")
-    bases = checks.choose_bases(model, bases_of(model), layers, None, None, quiet=True)
-    found, saved_head = peft_files.read_adapter(folder, bases, head)
-    attach(model, name, {n: Adapter(*parts) for n, parts in found.items()})
+    known(model, "load an adapter")
+    check_new_name(model, name)
+    places = bases.layers_of(model, wrapper=WRAPPERS)
+    factors, saved_head = peft_files.read_adapter(folder, places, head)
+    chosen = bases.choose(model, factors.__contains__, wrapper=WRAPPERS)
+    check_not_injected(model, chosen)
+    if tied := [place for place in factors if place not in chosen]:
+        message = f"{checks.listed(tied)}: another module uses the weight"
+        raise ValueError(f"{folder} has an adapter that cannot be put there: {message}")
+    updates = {chosen[place]: LowRankUpdate(*parts) for place, parts in factors.items()}
+    attach(model, name, {place: updates[base] for place, base in chosen.items()})
     if head is not None:
         head.load_state_dict(saved_head)
     return name

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora import checks
-from lora.core import find, freeze_all
+from lora import bases
+from lora.core import freeze_all
 from lora.formats import DYNAMIC, NF4, check_weight, scaled_back, to_codes
 
 
@@ -123,7 +123,7 @@ class NF4Linear(nn.Module):
         if not isinstance(linear, nn.Linear):
             kind = type(linear).__name__
             raise TypeError(f"linear must be a plain nn.Linear, got {kind}")
-        weight = checks.check_base("linear", linear)
+        weight = bases.check_base("linear", linear)
         return cls(weight, linear.bias, block, double).train(linear.training)
 
     def stored(self):
@@ -175,13 +175,10 @@ def quantize_model(model, targets=None, block=64, double=True):
     ValueError if `model` is itself a layer or none is left, and what `from_linear`
     raises, with the layer's name; then nothing has changed.
     """
-    kinds = nn.Linear, NF4Linear
-    if isinstance(model, kinds):
-        kind = type(model).__name__
-        raise ValueError(f"cannot replace the root {kind}: use NF4Linear.from_linear")
-    found = find(model, kinds)
-    chosen, new = checks.choose(model, found, found, kinds, targets), {}
-    others = checks.other_matrices(model, found.values())
+    kinds, new = (nn.Linear, NF4Linear), {}
+    chosen = bases.choose(model, targets, kind=kinds)
+    layers = bases.layers_of(model, kinds)
+    others = bases.other_matrices(model, layers.values())
     if targets is None and others:
         note = f"only linear layers are quantized, left as they are: {others}"
         warnings.warn(note, stacklevel=2)

@@ -15,8 +15,10 @@ import warnings
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from lora import checks
+from lora.bases import dense_weight
 
 CONFIG, WEIGHTS, HEAD = (
     "adapter_config.json",
@@ -50,7 +52,7 @@ def write_adapter(folder, adapters, head=None):
             tensors[f"{PREFIX}{place}.lora_{key}.weight"] = value
     parts = {WEIGHTS: tensors}
     if head is not None:
-        parts[HEAD] = checks.check_head(head).state_dict()
+        parts[HEAD] = check_head(head).state_dict()
     elif (folder / HEAD).exists():
         message = f"{folder} holds the head of an earlier saving"
         raise ValueError(f"{message}: give head=, or choose another folder")
@@ -60,7 +62,7 @@ def write_adapter(folder, adapters, head=None):
     new = {CONFIG: config}
     for name, part in parts.items():
         for key, value in part.items():
-            checks.check_values(f"cannot save {key}", value)
+            check_values(f"cannot save {key}", value)
         plain = {k: v.detach().cpu().contiguous().clone() for k, v in part.items()}
         new[name] = save(plain, mark)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,12 +119,12 @@ def read_adapter(folder, bases, head=None):
     saved_head = read_head(folder / HEAD, head, mark)
     found = {}
     for name, alpha in settings.items():
-        W, kinds = checks.dense_weight(wanted[name]), ("A", "B")
+        W, kinds = dense_weight(wanted[name]), ("A", "B")
         keys = [f"{PREFIX}{name}.lora_{kind}.weight" for kind in kinds]
         dtype = torch.promote_types(W.dtype, torch.float32)
         A, B = (tensors[key].to(W.device, dtype) for key in keys)
         for key, value in zip(keys, (A, B)):
-            checks.check_values(f"{folder / WEIGHTS}: {key}", value)
+            check_values(f"{folder / WEIGHTS}: {key}", value)
         found[name] = A, B, alpha
     return found, saved_head
 
@@ -200,12 +202,12 @@ def read_tensors(file, shapes, mark):
         raise ValueError(f"{file.parent} holds no {file.name}")
     try:
         with safe_open(file, "pt") as stored:
-            checks.check_mark(file, (stored.metadata() or {}).get("config"), mark)
-            checks.check_keys(file, stored.keys(), shapes)
+            check_mark(file, (stored.metadata() or {}).get("config"), mark)
+            check_keys(file, stored.keys(), shapes)
             for key, shape in shapes.items():
                 part = stored.get_slice(key)
                 got = tuple(part.get_shape())
-                checks.check_tensor(f"{file}: {key}", got, part.get_dtype(), shape)
+                check_tensor(f"{file}: {key}", got, part.get_dtype(), shape)
             return {key: stored.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError) as fault:
         raise ValueError(f"{file} is no whole safetensors file: {fault}") from None
@@ -221,9 +223,48 @@ def read_head(file, head, mark):
         if file.exists():
             raise ValueError(f"{file.parent} holds a head: give a module, head=")
         return None
-    own = checks.check_head(head).state_dict()
+    own = check_head(head).state_dict()
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     state = read_tensors(file, shapes, mark)
     for key, value in state.items():
-        checks.check_values(f"{file}: {key}", value.to(own[key].dtype))
+        check_values(f"{file}: {key}", value.to(own[key].dtype))
     return state
+
+
+def check_head(head):
+    """`head`, or TypeError unless it is a module with floating-point numbers only."""
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"head must be a module, got {head!r:.80}")
+    for name, value in head.state_dict().items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise TypeError(f"head must hold floating-point tensors, not {name}")
+    return head
+
+
+def check_values(name, tensor):
+    """Raise ValueError if a number is not finite, or there is none (meta device)."""
+    if tensor.is_meta or not tensor.isfinite().all():
+        raise ValueError(f"{name}: numbers that are not finite")
+
+
+def check_mark(file, found, expected):
+    """Raise ValueError if a file is of another saving than the settings beside it."""
+    if found not in (None, expected):
+        raise ValueError(f"{file} and the settings beside it are of two savings")
+
+
+def check_keys(file, found, expected):
+    """Raise ValueError unless a file holds the tensors that are expected."""
+    found, expected = set(found), set(expected)
+    if missing := sorted(expected - found):
+        raise ValueError(f"{file} lacks {checks.listed(missing)}")
+    if foreign := sorted(found - expected):
+        raise ValueError(f"{file}: no place in the model for {checks.listed(foreign)}")
+
+
+def check_tensor(name, shape, dtype, expected):
+    """Raise ValueError unless a stored tensor has this shape and is of floats."""
+    if shape != expected:
+        raise ValueError(f"{name} must be {expected}, got {shape}")
+    if dtype not in ("F16", "BF16", "F32", "F64"):
+        raise ValueError(f"{name} must be floating-point of 16 to 64 bits, got {dtype}")

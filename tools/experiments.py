@@ -24,7 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from lora import core, formats
+from lora import bases, core, formats
 from lora.study import runs, search
 from tools.kit.register import ROOT
 
@@ -88,7 +88,7 @@ def adapters_and_sums(settings, composed):
     for settings_of in each(settings):
         tokenizer, model, row = runs.run(**settings_of)
         found.append(row)
-        wrappers = core.find(model, core.LoRALinear)
+        wrappers = bases.find(model, core.LoRALinear)
         factors[row["libraries"][0]] = {
             name: (w.scale * w.B.detach(), w.A.detach()) for name, w in wrappers.items()
         }

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lora import core, formats
+from lora import bases, core, formats
 from lora.study import search
 
 DATA = Path(__file__).parent / "data" / "runs.jsonl"
@@ -163,7 +163,7 @@ def points(row):
 
 def layers(model):
     """Qualified name -> the linear layers of the six blocks, 36 of them."""
-    return {n: m for n, m in core.find(model, nn.Linear).items() if "encoder" in n}
+    return {n: m for n, m in bases.find(model, nn.Linear).items() if "encoder" in n}
 
 
 def rows(study):

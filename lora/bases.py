@@ -1,0 +1,229 @@
+"""Bases: which layers can be adapted, and which of a model's layers are.
+
+A base maps x to x Wᵀ + b and does no more. It is a plain `nn.Linear`, or a layer of any
+class that says itself what its weight is. Chapter 2 of the book builds this file.
+"""
+
+import copy
+import warnings
+from collections import Counter
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from lora import checks
+
+
+@runtime_checkable
+class DenseWeight(Protocol):
+    """What a class that is no `nn.Linear` defines so that its layers are bases.
+
+    Beside `dense_weight` these are `in_features`, `out_features`, `bias` (or None) and
+    a forward that is linear in x: x Wᵀ + b.
+    """
+
+    def dense_weight(self):
+        """W, of shape (out_features, in_features)."""
+
+
+KINDS = nn.Linear, DenseWeight
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def dense_weight(base):
+    """W of a base, (d_out, d_in): what `dense_weight()` returns, else its `weight`."""
+    return base.dense_weight() if isinstance(base, DenseWeight) else base.weight
+
+
+def check_base(name, layer):
+    """Return W of a base, (d_out, d_in); TypeError if `layer` does more than x Wᵀ + b.
+
+    An adapter beside such a layer would be wrong without a word: merging knows W and b
+    alone. The message calls the layer `name`.
+    """
+    kind, opts_in = type(layer), isinstance(layer, DenseWeight)
+    if not isinstance(layer, KINDS):
+        fault = f"got {kind.__name__}"
+    elif not opts_in and kind.forward is not nn.Linear.forward:
+        fault = f"got {kind.__name__}, which has a forward of its own"
+    elif "forward" in vars(layer):
+        fault = "but its forward was replaced"
+    elif kind.__call__ is not nn.Module.__call__:
+        fault = f"got {kind.__name__}, which has a __call__ of its own"
+    elif hooks := hooks_of(layer):
+        fault = f"but it has a {hooks[0]} hook"
+    elif not opts_in and "weight" not in layer._parameters:
+        fault = "but its weight is computed, no parameter"
+    elif not opts_in and list(layer.children()):
+        fault = f"but it has submodules: {[n for n, _ in layer.named_children()]}"
+    else:
+        W, shape = dense_weight(layer), (layer.out_features, layer.in_features)
+        if W.dtype in DTYPES and W.shape == shape:
+            return W
+        got = f"{tuple(W.shape)} in {W.dtype}"
+        fault = f"with a weight of shape {shape} in one of {DTYPES}, got {got}"
+    what = "a plain nn.Linear or define dense_weight()"
+    raise TypeError(f"{name} must be {what}, {fault}")
+
+
+def hooks_of(module):
+    """The kinds of hooks that a module has: "forward", "backward pre", ..."""
+    kinds = "forward", "forward_pre", "backward", "backward_pre"
+    return [k.replace("_", " ") for k in kinds if vars(module)[f"_{k}_hooks"]]
+
+
+def find(module, kind):
+    """Qualified name -> submodule of type `kind`, without looking inside of it.
+
+    A submodule that has several names stands under each of them.
+    """
+    layers, last = {}, "."
+    for name, m in module.named_modules(remove_duplicate=False):
+        if isinstance(m, kind) and not name.startswith(last):
+            layers[name], last = m, name and f"{name}."
+    return layers
+
+
+def layers_of(model, kind=nn.Linear, wrapper=()):
+    """Qualified name -> layer of this kind, also of one that is inside a `wrapper`.
+
+    Every base, for the kind `nn.Linear`.
+    """
+    kinds = KINDS if kind is nn.Linear else kind
+    layers = find(model, (wrapper, kinds))
+    for name, layer in layers.items():
+        while isinstance(layer, wrapper):
+            layer = layer.base
+        layers[name] = layer
+    return {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
+
+
+def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
+    """Qualified name -> base, of the layers to adapt: all, or those that are named.
+
+    `targets` must match the whole name, `exclude` must not; both are regular
+    expressions. A base that is inside a `wrapper` already stands under its name. A
+    layer whose weight another module uses is left out, with a warning, and without
+    `targets` a warning says which matrices are in no linear layer. Raises ValueError if
+    `model` is itself a layer or none is left, TypeError if one is no base.
+    """
+    if isinstance(model, KINDS):
+        name = type(model).__name__
+        raise ValueError(f"cannot replace the root {name}: use LoRALinear(module)")
+    layers = layers_of(model, kind, wrapper)
+    wanted = matching("targets", targets, layers) if targets is not None else [*layers]
+    if exclude is not None:
+        out = set(matching("exclude", exclude, wanted))
+        if len(out) in (0, len(wanted)):
+            message = f"exclude={exclude!r} matches {'all' if out else 'none'} of"
+            raise ValueError(f"{message} {checks.listed(wanted)}")
+        wanted = [name for name in wanted if name not in out]
+    chosen = {layers[name] for name in wanted}  # one layer may have several names
+    tied = tied_of(model, chosen)
+    others = other_matrices(model, map(model.get_submodule, layers))
+    if not chosen - tied:
+        asked = "" if targets is None else f" whose name is {targets!r}"
+        raise ValueError(
+            f"no layer{asked} to adapt in {type(model).__name__}. "
+            f"Layers: {checks.listed(layers)}; tied to another module: "
+            f"{checks.listed(n for n in layers if layers[n] in tied)}; "
+            f"other modules with matrices: {others or 'none'}"
+        )
+    names = {n: layer for n, layer in layers.items() if n and layer in chosen - tied}
+    for name, layer in names.items():
+        if model.get_submodule(name) is layer:  # it is not wrapped yet
+            check_base(name, layer)
+    for name, layer in layers.items():
+        if layer in tied:
+            note = f"{name} is left as it is: another module uses its weight"
+            warnings.warn(note, stacklevel=3)
+    if targets is None and kind is nn.Linear and others:
+        note = f"only linear layers are adapted, left as they are: {others}"
+        warnings.warn(note, stacklevel=3)
+    return names
+
+
+def matching(name, expression, names):
+    """Those of `names` that a regular expression, called `name`, matches whole.
+
+    Or those that a function of a name accepts.
+    """
+    accepts = expression
+    if not callable(expression):
+        accepts = checks.compiled(name, expression).fullmatch
+    return [n for n in names if accepts(n)]
+
+
+def uses(model):
+    """How many modules inside `model` hold a given submodule or parameter."""
+    return Counter(
+        part
+        for module in model.modules()
+        for part in (*module.children(), *module.parameters(recurse=False))
+    )
+
+
+def tied_of(model, layers):
+    """Those of `layers` whose weight another module inside `model` holds, too."""
+    count = uses(model)
+    return {
+        layer
+        for layer in layers
+        if any(count[p] > 1 for name, p in layer.named_parameters() if name != "bias")
+    }
+
+
+def other_matrices(model, layers):
+    """'2 Conv1D, …': what holds a matrix and is neither in `layers` nor a lookup."""
+    inside = {m for layer in layers for m in layer.modules()}
+    kinds = Counter(
+        type(m).__name__
+        for m in model.modules()
+        if m not in inside and not isinstance(m, nn.Embedding)
+        if any(p.ndim > 1 for p in m.parameters(recurse=False))
+    )
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+
+
+def check_unshared(model, wrappers):
+    """Raise ValueError if `model` uses the base of a wrapper elsewhere, too.
+
+    `wrappers`: qualified name -> wrapper. A merge would change what is shared.
+    """
+    count = uses(model)
+    for name, base in ((n, wrapper.base) for n, wrapper in wrappers.items()):
+        if max(count[part] for part in (base, *base.parameters())) > 1:
+            raise ValueError(f"cannot merge {name}: another module shares its base")
+        check_base(name, base)
+
+
+def merge(name, base, update):
+    """A new frozen linear layer: W + s B A in the dtype of W, and the base's bias.
+
+    Of the base's own class where that is an `nn.Linear`. `base` and `update`, a
+    `lora.core.LowRankUpdate`, stay as they are. Raises ValueError, which calls the
+    layer `name`, if the update has a hook or a forward that was put into it, which the
+    new layer would not have, or if the sum overflows; and what `check_base` raises.
+    """
+    W = check_base(name, base)
+    own = [f"{kind} hook" for kind in hooks_of(update)]
+    own += ["forward of its own"] * ("forward" in vars(update))
+    if own:
+        got = f"its wrapper has a {own[0]}"
+        raise ValueError(f"cannot merge {name}: {got}, which would be lost")
+    weight = nn.Parameter(update.add_to(W).detach())
+    if not finite(weight) and all(finite(part) for part in (W, update.A, update.B)):
+        raise ValueError(f"cannot merge {name}: the sum overflows {weight.dtype}")
+    if isinstance(base, DenseWeight):
+        layer = nn.Linear(*reversed(weight.shape), device="meta")
+        layer.weight = weight
+        layer.bias = None if base.bias is None else nn.Parameter(base.bias.clone())
+    else:  # keeps the class of the base and all but the weight
+        layer = copy.deepcopy(base, {id(base.weight): weight})
+    return layer.requires_grad_(False).train(update.training)
+
+
+def finite(tensor):
+    """Whether all numbers are finite, or there are none (meta device)."""
+    return tensor.is_meta or bool(tensor.isfinite().all())
