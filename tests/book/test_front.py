@@ -101,9 +101,8 @@ def test_the_dial_moves_once_by_itself_and_not_for_all(browser, site):
         page.close()
 
 
-def test_without_scripts_the_picture_stands_still(browser, site):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
+def test_without_scripts_the_picture_stands_still(new_context, site):
+    page = new_context(java_script_enabled=False).new_page()
     page.goto(f"{site}{PAGES[0]}.html")
     assert page.locator("#rank-dial svg").is_visible()
     assert not page.locator("#rank-dial input").is_visible()
@@ -112,7 +111,6 @@ def test_without_scripts_the_picture_stands_still(browser, site):
     shown = page.locator("table.claims tbody tr:visible")
     assert shown.count() == len(ROWS), "without scripts every claim shows"
     assert not page.locator("nav.filters").is_visible()
-    context.close()
 
 
 # The claims page ------------------------------------------------------------------
