@@ -7,7 +7,7 @@ PROSE := book lora tests tools $(wildcard *.md) Makefile
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
 .PHONY: help book pdf test style bench mutants sceptic sync experiments again run reproduce
-.PHONY: alone links lab clean torch-oldest torch-newest
+.PHONY: alone links jupyter clean torch-oldest torch-newest
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -79,7 +79,7 @@ torch-oldest torch-newest: .venv/installed  # the ends of what pyproject.toml pr
 links: .venv/installed  ## ask every address that the pages link to
 	$(BIN)/jupyter-book build --builder linkcheck .
 
-lab: .venv/installed  ## open the notebooks in JupyterLab
+jupyter: .venv/installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book
 
 clean:  ## remove the built book, keep the environment

@@ -243,7 +243,7 @@ def table_of(items, part):
     return nodes.table("", group, classes=["claims", "colwidths-given"])
 
 
-def filters(claims):
+def filters():
     """Links that show the claims of one verdict or one part; front.js follows them."""
 
     def links(name, choices):
@@ -254,13 +254,14 @@ def filters(claims):
         )
         return f'<ul aria-label="{name.title()}">{items}</ul>'
 
-    verdicts = [(ledger.key(v), v, n) for v, n in ledger.tally(claims).items()]
-    parts = Counter(row.part for row in claims)
+    total = len(ledger.claims())
+    verdicts = [(ledger.key(v), v, n) for v, n in ledger.tally().items()]
+    parts = Counter(claim.part for claim in ledger.claims())
     parts = [(part, ledger.heading(part), n) for part, n in sorted(parts.items())]
     return (
         '<nav class="filters" aria-label="Filter the claims" hidden>'
-        + links("verdict", [("all", "All", len(claims)), *verdicts])
-        + links("part", [("all", "All parts", len(claims)), *parts])
+        + links("verdict", [("all", "All", total), *verdicts])
+        + links("part", [("all", "All parts", total), *parts])
         + '<p role="status"></p></nav>'
     )
 
@@ -269,8 +270,7 @@ def claims_table(app, doctree):
     """Turn the page's lists of claims into tables; the source stays a plain list."""
     if app.env.docname != CLAIMS:
         return
-    claims = ledger.rows()
-    part = {row.number: row.part for row in claims}
+    part = {claim.number: claim.part for claim in ledger.claims()}
     for badge in doctree.findall(nodes.strong):
         # where the page says what they are; a row gets its own
         explains = badge.parent.parent.tagname == "section"
@@ -278,7 +278,7 @@ def claims_table(app, doctree):
             badge["classes"] += ["verdict", ledger.key(badge.astext())]
     lists = list(doctree.findall(nodes.enumerated_list))
     page, first = lists[0].parent.parent, lists[0].parent
-    page.insert(page.index(first), raw(filters(claims)))
+    page.insert(page.index(first), raw(filters()))
     for items in lists:
         number = items.get("start", 1)
         items.replace_self(table_of(enumerate(items.children, number), part[number]))

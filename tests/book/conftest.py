@@ -68,9 +68,10 @@ def browser_type_launch_args():
     return chromium() or (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
 
 
-@pytest.fixture(scope="session")
-def browser_context_args():
-    """The windows of pytest-playwright's `page`."""
+@pytest.fixture
+def page(new_context):
+    """A page of a window of 1280 px that asks for less motion."""
     size = {"width": 1280, "height": 800}
     allowed = ["clipboard-read", "clipboard-write"]
-    return {"viewport": size, "permissions": allowed, "reduced_motion": "reduce"}
+    options = {"viewport": size, "permissions": allowed, "reduced_motion": "reduce"}
+    return new_context(**options).new_page()

@@ -18,7 +18,7 @@ from tools.pdf import print_book
 
 PAGES = pages()
 CHAPTERS = [c.path.stem for c in chapters()]
-ROWS = ledger.rows()
+CLAIMS = ledger.claims()
 SIZES = [(1280, 800), (390, 800)]
 each_page = pytest.mark.parametrize("path", PAGES)
 
@@ -43,7 +43,7 @@ def test_the_bar_counts_the_claims_and_opens_them(soup):
         )
         for verdict in ledger.VERDICTS
     }
-    assert sum(shown.values()) == len(ROWS)
+    assert sum(shown.values()) == len(CLAIMS)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=["desk", "phone"])
@@ -109,7 +109,7 @@ def test_without_scripts_the_picture_stands_still(new_context, site):
     assert "2,048" in page.locator("#rank-dial figcaption").inner_text()
     page.goto(f"{site}book/claims.html?verdict=holds")
     shown = page.locator("table.claims tbody tr:visible")
-    assert shown.count() == len(ROWS), "without scripts every claim shows"
+    assert shown.count() == len(CLAIMS), "without scripts every claim shows"
     assert not page.locator("nav.filters").is_visible()
 
 
@@ -123,23 +123,23 @@ def words(text):
 
 
 def test_each_claim_is_a_row_with_its_verdict_and_no_word_lost(soup):
-    for row in ROWS:
-        found = soup["book/claims.html"].select_one(f"tr#claim-{row.number}")
+    for claim in CLAIMS:
+        found = soup["book/claims.html"].select_one(f"tr#claim-{claim.number}")
         number, said, verdict, places = found.find_all("td")
-        assert number.get_text(strip=True) == str(row.number)
-        assert verdict.get_text(strip=True) == row.verdict
-        wanted = re.findall(r"\]\(([\w-]+)\.ipynb#([^)]+)\)", row.source)
+        assert number.get_text(strip=True) == str(claim.number)
+        assert verdict.get_text(strip=True) == claim.verdict
+        wanted = re.findall(r"\]\(([\w-]+)\.ipynb#([^)]+)\)", claim.source)
         assert [a["href"] for a in places.find_all("a")] == [
             f"{path}.html#{anchor}" for path, anchor in wanted
         ]
         checks = [code.get_text() for code in said.select("details code")]
-        assert checks == ledger.checks(row.source)
+        assert checks == ledger.checks(claim.source)
         assert not said.select("details[open]"), "what asserts it is folded"
         text = " ".join(cell.get_text(" ") for cell in (said, verdict, places))
         text = text.replace("What asserts it", "")
-        source = re.sub(r"^\d+\. ", "", row.source)
+        source = re.sub(r"^\d+\. ", "", claim.source)
         lost = set(words(source)) - set(words(text))
-        assert not lost, f"claim {row.number}: {lost}"
+        assert not lost, f"claim {claim.number}: {lost}"
 
 
 def visible(page):
@@ -152,17 +152,17 @@ def visible(page):
 def test_the_filter(page, site):
     address = f"{site}book/claims.html"
     page.goto(address)
-    assert visible(page) == [row.number for row in ROWS]
+    assert visible(page) == [claim.number for claim in CLAIMS]
 
     nav = page.get_by_role("navigation", name="Filter the claims")
     nav.get_by_role("link", name="Does not hold").press("Enter")
-    failed = [row for row in ROWS if row.verdict == "Does not hold"]
-    assert visible(page) == [row.number for row in failed]
+    failed = [claim for claim in CLAIMS if claim.verdict == "Does not hold"]
+    assert visible(page) == [claim.number for claim in failed]
     nav.get_by_role("link", name="Part 2").click()
-    both = [row.number for row in failed if row.part == 2]
+    both = [claim.number for claim in failed if claim.part == 2]
     assert visible(page) == both and 0 < len(both) < len(failed)
     assert (
-        nav.get_by_role("status").inner_text() == f"{len(both)} of {len(ROWS)} claims"
+        nav.get_by_role("status").inner_text() == f"{len(both)} of {len(CLAIMS)} claims"
     )
     chosen = nav.locator("[aria-current]").evaluate_all("all => all.map(a => a.text)")
     assert [re.sub(r" \d+$", "", text) for text in chosen] == [
@@ -175,12 +175,12 @@ def test_the_filter(page, site):
 
     shared = page.url
     page.go_back()
-    assert visible(page) == [row.number for row in failed]
+    assert visible(page) == [claim.number for claim in failed]
     page.goto(shared)
     assert visible(page) == both, "the address holds the choice"
     page.goto(f"{address}?verdict=nonsense")
-    assert len(visible(page)) == len(ROWS)
-    held = next(row.number for row in ROWS if row.verdict == "Holds")
+    assert len(visible(page)) == len(CLAIMS)
+    held = next(claim.number for claim in CLAIMS if claim.verdict == "Holds")
     page.goto(f"{address}?verdict=does-not-hold#claim-{held}")
     assert held in visible(page), "a link to a claim shows it"
 

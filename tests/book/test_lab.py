@@ -395,8 +395,7 @@ def visit(new_context, book):
     errors = []
 
     def open_page(query="", **options):
-        size = {"width": 1265, "height": 800}
-        options = {"viewport": size, "reduced_motion": "no-preference"} | options
+        options = {"viewport": {"width": 1265, "height": 800}} | options
         page = new_context(**options).new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((book / "book" / "lab.html").as_uri() + query)

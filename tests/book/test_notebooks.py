@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from tools.kit.notebooks import faults, has
-from tools.kit.register import ROOT, chapters
+from tools.kit.register import REPOSITORY, ROOT, chapters
 from tools.run import exports, written
 
 NOTEBOOKS = {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
@@ -46,6 +46,8 @@ def test_chapters_open_alike():
         assert re.match(r"# [^\d\n]+\n", notebook.cells[0].source)
         first.add(next(c.source for c in notebook.cells if c.cell_type == "code"))
     assert len(first) == 1, "the first cells differ:\n" + "\n\n".join(first)
+    line = f'    !{{pip}} "deconstructing-lora[book] @ git+{REPOSITORY}"\n'
+    assert line in first.pop(), "what Colab installs: the package and its extra"
 
 
 def test_what_is_written_by_machine_is_up_to_date():

@@ -1,7 +1,7 @@
 """The one register of chapters: `_toc.yml` lists the pages, a notebook says the rest.
 
 A notebook's metadata hold `book`: the modules of lora/ that it builds, a word by which
-the search must find it, and what a reader learns. All other lists are made from here.
+the site's search must find it, and what a reader learns. Other lists come from here.
 """
 
 import re
@@ -34,14 +34,18 @@ def pages():
 @cache
 def chapters():
     """The chapters in order: the pages that are notebooks."""
-    found = []
-    for page in pages():
-        path = ROOT / f"{page}.ipynb"
-        if path.exists():
-            notebook = nbformat.read(path, as_version=4)
-            title = re.match("# (.*)", notebook.cells[0].source)[1]
-            found.append(Chapter(path, title, **notebook.metadata["book"]))
-    return found
+    paths = [ROOT / f"{page}.ipynb" for page in pages()]
+    listed = []
+    for path in filter(Path.exists, paths):
+        notebook = nbformat.read(path, as_version=4)
+        title = re.match("# (.*)", notebook.cells[0].source)[1]
+        listed.append(Chapter(path, title, **notebook.metadata["book"]))
+    return listed
+
+
+def notebooks():
+    """Name -> notebook of each chapter, read anew."""
+    return {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
 
 
 def last_change():
