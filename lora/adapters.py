@@ -277,7 +277,7 @@ def route(model, names):
     """
     kinds = list(dict.fromkeys(names))
     known(model, "route", *(name for name in kinds if name is not None))
-    index = torch.tensor([kinds.index(name) for name in names])
+    index = torch.tensor([kinds.index(name) for name in names], device="cpu")
     return using(model, "route", rows=(kinds, index))
 
 

@@ -8,6 +8,9 @@ QLoRA, arXiv:2305.14314, section 3. Chapter 6 of the book builds this file.
 import torch
 from torch.nn import functional as F
 
+# Torch's defaults may be others when this file is imported.
+CPU = {"dtype": torch.float32, "device": "cpu"}
+
 
 def normal_float(bits):
     """The 2 ** bits levels of a normal float, (2 ** bits,), float32, from -1 to 1.
@@ -17,8 +20,9 @@ def normal_float(bits):
     """
     half = 2 ** (bits - 1)
     top = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2  # the last quantile: not 1
+    wide = {"dtype": torch.float64, "device": "cpu"}
     below, above = (
-        torch.special.ndtri(torch.linspace(0.5, top, n, dtype=torch.float64))
+        torch.special.ndtri(torch.linspace(0.5, top, n, **wide))
         for n in (half, half + 1)
     )
     return (torch.cat([-below.flip(0), above[1:]]) / above[-1]).float()
@@ -27,7 +31,7 @@ def normal_float(bits):
 def integers(bits):
     """The levels of signed integers, symmetric, without the least: 2 ** bits - 1."""
     most = 2 ** (bits - 1) - 1
-    return torch.arange(-most, most + 1) / most
+    return torch.arange(-most, most + 1, **CPU) / most
 
 
 def dynamic_float():
@@ -38,10 +42,10 @@ def dynamic_float():
     """
     decades = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, **CPU)
         decades.append(10.0 ** (i - 6) * (edges[1:] + edges[:-1]) / 2)
     half = torch.cat(decades)
-    return torch.cat([half, -half, torch.tensor([0.0, 1.0])]).sort().values
+    return torch.cat([half, -half, torch.tensor([0.0, 1.0], **CPU)]).sort().values
 
 
 # The digits that bitsandbytes has; `normal_float(4)` gives them to 2e-7.
@@ -50,16 +54,18 @@ NF4 = torch.tensor(
     + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
     + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634]
     + [0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
-    + [0.7229568362236023, 1.0]
+    + [0.7229568362236023, 1.0],
+    **CPU,
 )
-FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
+FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1], **CPU)
 DYNAMIC = dynamic_float()
 LEVELS = {
     "int8": integers(8),
     "NF4": NF4,
     "FP4": torch.cat([-FP4[1:].flip(0), FP4]),
     "int4": integers(4),
-    "affine int4": torch.linspace(-1, 1, 16),  # between each block's least and largest
+    # Between each block's least and largest number.
+    "affine int4": torch.linspace(-1, 1, 16, **CPU),
     "NF3": normal_float(3),
     "int3": integers(3),
     "NF2": normal_float(2),

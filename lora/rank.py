@@ -88,8 +88,9 @@ class RandomSubspace(nn.Module):
         self.model = model
         parameters = list(model.parameters())
         total = sum(p.numel() for p in parameters)
-        generator = torch.Generator().manual_seed(seed)
-        P = torch.randn(total, dimension, generator=generator, dtype=torch.float64)
+        plain = {"dtype": torch.float64, "device": "cpu"}  # whatever the defaults are
+        generator = torch.Generator("cpu").manual_seed(seed)
+        P = torch.randn(total, dimension, generator=generator, **plain)
         self.register_buffer("P", (P / P.norm(dim=0)).to(parameters[0]))
         self.z = nn.Parameter(torch.zeros_like(self.P[0]))
         freeze_all(model)  # last: if memory runs out above, the model is as it was

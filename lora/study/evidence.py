@@ -31,7 +31,7 @@ def interval(values, level=0.95):
     Raises ValueError unless `values` is one-dimensional and finite, with n >= 2, and
     `level` lies strictly between 0 and 1.
     """
-    values = torch.as_tensor(values, dtype=torch.float64)
+    values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(f"values must be (n,), finite, with n >= 2, got {values}")
     if not 0 < level < 1:
