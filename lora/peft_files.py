@@ -154,13 +154,13 @@ def is_named(value, name):
 
 def own_settings(config, name):
     """(rank, alpha / scale · rank) of one layer."""
-    rank = by_pattern(config.get("rank_pattern"), name, config["r"])
-    alpha = by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    rank = first_match(config.get("rank_pattern"), name, config["r"])
+    alpha = first_match(config.get("alpha_pattern"), name, config["lora_alpha"])
     checks.check_settings(rank, alpha)
     return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
-def by_pattern(patterns, name, default):
+def first_match(patterns, name, default):
     """PEFT's rule: the first expression that matches the end of the layer's name."""
     for expression, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({expression})$", name):
