@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora import bases
+from lora import bases, checks
 from lora.core import freeze_all
 from lora.formats import DYNAMIC, NF4, flat_numbers, scaled_back, to_codes
 
@@ -62,11 +62,17 @@ class FrozenProduct(torch.autograd.Function):
     So that no dense weight stays alive in between: what is kept is what is stored.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, bias, dense, *stored):
-        ctx.save_for_backward(*stored)
-        ctx.dense = dense
+    def forward(x, bias, dense, *stored):
         return F.linear(x, dense(*stored), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, ctx.dense, *stored = inputs
+        ctx.save_for_backward(*stored)
+        ctx.save_for_forward(*stored)
 
     @staticmethod
     def backward(ctx, g):
@@ -75,8 +81,14 @@ class FrozenProduct(torch.autograd.Function):
         bias_grad = g.reshape(-1, g.shape[-1]).sum(0) if bias_needs else None
         return x_grad, bias_grad, *[None] * (1 + len(ctx.saved_tensors))
 
+    @staticmethod
+    def jvp(ctx, x_change, bias_change, *_):
+        if x_change is None:
+            return bias_change
+        return F.linear(x_change, ctx.dense(*ctx.saved_tensors), bias_change)
 
-class NF4Linear(nn.Module):
+
+class NF4Linear(checks.Described):
     """A frozen linear layer whose weight is stored in four bits (QLoRA, section 3).
 
     Maps x (..., in_features) to x Wᵀ + b, (..., out_features), with W dequantized for
@@ -84,6 +96,9 @@ class NF4Linear(nn.Module):
     `.to()` leave it as it is: they set the dtype of W, b and x, as in `nn.Linear`.
     """
 
+    settings = "in_features", "out_features", "block", "is_double"
+
+    @torch.inference_mode(False)  # what is made there could not be trained through
     def __init__(self, weight, bias=None, block=64, double=True):
         super().__init__()
         codes, scales = quantize(weight, block)
@@ -93,8 +108,6 @@ class NF4Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         for name, part in zip(("codes", "scales", "scales_of_scales", "mean"), parts):
             self.register_buffer(name, part.flatten().view(torch.uint8))
-        layout = torch.tensor([*weight.shape, block], device=weight.device)
-        self.register_buffer("layout", layout)
         self.register_buffer("like", weight.new_empty(0), persistent=False)
         freeze_all(self)
 
@@ -126,25 +139,17 @@ class NF4Linear(nn.Module):
         """W, (out_features, in_features), a new tensor: this makes the layer a base."""
         return self.dense(*self.stored())
 
-    weight = property(dense_weight)  # attention reads `layer.weight`
+    @property
+    def weight(self):
+        """W, (out_features, in_features), dequantized if its numbers are used."""
+        like = self.like.new_empty(1).expand(self.out_features, self.in_features)
+        return bases.LazyWeight(like, self.dense_weight)
 
     def forward(self, x):
         return FrozenProduct.apply(x, self.bias, self.dense, *self.stored())
 
-    def _load_from_state_dict(self, state, prefix, *args):
-        saved = state.get(f"{prefix}layout", self.layout).tolist()
-        if saved != self.layout.tolist():  # else bytes would land in the wrong places
-            args[-1].append(
-                f"{prefix}layout (out_features, in_features, block) is "
-                f"{self.layout.tolist()} here, {saved} in the file"
-            )
-        else:
-            super()._load_from_state_dict(state, prefix, *args)
-
     def extra_repr(self):
-        text = f"in_features={self.in_features}, out_features={self.out_features}, "
-        has_bias = self.bias is not None
-        return f"{text}bias={has_bias}, block={self.block}, double={self.is_double}"
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
 
 
 def quantize_model(model, targets=None):

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from lora import checks
-from lora.bases import dense_weight
+from lora.bases import dense_weight, listed
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -116,7 +116,7 @@ def read_adapter(folder, bases, head=None):
             like[tensor_name(name, "B")] = one.expand(base.out_features, rank)
     if not alphas:
         message = f"{folder / CONFIG}: target_modules={config['target_modules']!r}"
-        raise ValueError(f"{message} names none of {checks.listed(bases)}")
+        raise ValueError(f"{message} names none of {listed(bases)}")
     tensors = read_tensors(folder / WEIGHTS, like, mark)
     found = {
         name: (tensors[tensor_name(name, "A")], tensors[tensor_name(name, "B")], alpha)
@@ -181,8 +181,8 @@ def read_tensors(file, like, mark):
         found, wanted = set(stored.keys()), set(like)
         if found != wanted:
             here, there = (sorted(s) for s in (found - wanted, wanted - found))
-            message = f"{file} does not fit: it alone has {checks.listed(here)}"
-            raise ValueError(f"{message}, the model alone has {checks.listed(there)}")
+            message = f"{file} does not fit: it alone has {listed(here)}"
+            raise ValueError(f"{message}, the model alone has {listed(there)}")
         tensors = {name: stored.get_tensor(name) for name in like}
     for name, own in like.items():
         shape = tuple(tensors[name].shape)

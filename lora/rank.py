@@ -83,6 +83,7 @@ class RandomSubspace(nn.Module):
     at zero and is all that trains.
     """
 
+    @torch.inference_mode(False)  # what is made there could not be trained
     def __init__(self, model, dimension, seed=0):
         super().__init__()
         self.model = model
