@@ -27,7 +27,8 @@ def two_moons(n=1000, noise=0.15, degrees=0.0, seed=0):
 
     points, labels = make_moons(n_samples=n, noise=noise, random_state=seed)
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    rotation = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    plain = {"dtype": torch.float64, "device": "cpu"}  # whatever the defaults are
+    rotation = torch.tensor([[c, -s], [s, c]], **plain)
     x = torch.from_numpy(points) @ rotation.T  # a row vector p becomes R p
     return x, torch.from_numpy(labels)
 
@@ -46,7 +47,7 @@ def moons_mlp(seed=0):
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's; leaves a GPU's alone
-        linear = partial(nn.Linear, dtype=torch.float32)  # whatever the default is
+        linear = partial(nn.Linear, dtype=torch.float32, device="cpu")
         layers = [linear(2, 128), nn.Tanh(), linear(128, 128), nn.Tanh()]
         layers += [linear(128, 128), nn.Tanh(), linear(128, 2)]
         return nn.Sequential(*layers).double()

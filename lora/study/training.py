@@ -83,10 +83,10 @@ def train(models, x, y, epochs=60, lr=1e-3, after_epoch=None):
 
     # fused: one pass over memory for all that AdamW reads and writes.
     optimizer = torch.optim.AdamW(trainable, lr=lr, fused=True)
-    order = torch.Generator().manual_seed(0)
+    order = torch.Generator("cpu").manual_seed(0)
     losses = x.new_zeros(len(models), epochs)
     for epoch in range(epochs):
-        rows = torch.randperm(x.shape[1], generator=order)
+        rows = torch.randperm(x.shape[1], generator=order, device="cpu")
         batches = (t[:, rows].split(64, dim=1) for t in (x, y))
         for points, labels in zip(*batches):
             # cross_entropy wants (S, classes, n)

@@ -179,7 +179,7 @@ def test_a_chapter_is_cut_at_its_first_training_and_no_sooner(name):
 
 
 @pytest.mark.parametrize(
-    "last", ["loss = search.fine_tune(m)", "for m in ms:\n  runs.run(m)"]
+    "last", ["loss = search.fine_tune(m)", "for m in ms:\n  runs.make(m)"]
 )
 def test_what_trains(last):
     code = nbformat.v4.new_code_cell

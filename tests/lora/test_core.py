@@ -852,20 +852,6 @@ def test_a_wrapper_whose_forward_was_replaced_is_not_merged(single):
     assert type(merge_lora(wrapper)) is nn.Linear
 
 
-def test_nothing_is_made_in_inference_mode():
-    """Its A and B would say that they are trained, and never get a gradient."""
-    model, bare = mlp(), nn.Linear(2, 2)
-    before = snapshot(model)
-    with torch.inference_mode():
-        for make in (lambda: inject_lora(model), lambda: LoRALinear(bare)):
-            with pytest.raises(RuntimeError, match=r"^adapters made in torch\.inf"):
-                make()
-        assert_unchanged(model, before)
-    layer = inject_lora(model)[0]
-    with torch.inference_mode():
-        assert type(merge_lora(layer)) is nn.Linear
-
-
 def test_merging_a_model_without_wrappers_changes_nothing():
     model = mlp()
     before = snapshot(model)
