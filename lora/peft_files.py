@@ -176,8 +176,7 @@ def read_tensors(file, like, mark):
     """
     with safe_open(file, "pt") as stored:
         if (stored.metadata() or {}).get("config", mark) != mark:
-            message = "and the settings beside it are of two savings"
-            raise ValueError(f"{file} {message}")
+            raise ValueError(f"{file} and {CONFIG} are of two savings")
         found, wanted = set(stored.keys()), set(like)
         if found != wanted:
             here, there = (sorted(s) for s in (found - wanted, wanted - found))

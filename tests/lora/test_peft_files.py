@@ -200,6 +200,16 @@ def test_dropout_is_said_to_be_ignored(tmp_path):
         load_adapter(small(), tmp_path, "x")
 
 
+@pytest.mark.unmutated  # a mutant's switch is a caller of its own
+def test_a_warning_points_to_the_line_that_loads(tmp_path):
+    peft_s(tmp_path, lora_dropout=0.25)
+    with pytest.warns(UserWarning, match="lora_dropout") as caught:
+        load_adapter(small(), tmp_path, "x")
+    assert [w.filename for w in caught if "lora_dropout" in str(w.message)] == [
+        __file__
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
@@ -336,7 +346,10 @@ FIRST = f"base_model.model.{SELF}.query.lora_A.weight"
         (lambda t: t | {FIRST: t[FIRST][:1]}, r"must be \(2, 16\), got \(1, 16\)"),
         (lambda t: t | {FIRST: t[FIRST].T}, r"must be \(2, 16\), got \(16, 2\)"),
         (lambda t: t | {FIRST: t[FIRST].flatten()}, r"must be \(2, 16\), got \(32,\)"),
-        (lambda t: t | {FIRST: t[FIRST] * math.nan}, "not finite"),
+        (
+            lambda t: t | {FIRST: t[FIRST] * math.nan},
+            f"{FIRST}: numbers that are not fini",
+        ),
         (lambda t: t | {FIRST: t[FIRST] + math.inf}, "not finite"),
         (lambda t: t | {FIRST: t[FIRST].double() + 1e300}, "not finite"),
         (lambda t: t | {"x": t[FIRST]}, "alone has x, the model alone has none"),
@@ -548,7 +561,7 @@ def test_files_of_two_savings_are_refused(tmp_path):
         mixed = tmp_path / f"alpha {3}" / name
         original = mixed.read_bytes()
         mixed.write_bytes((tmp_path / "alpha 2" / name).read_bytes())
-        assert "are of two savings" in refused(mixed.parent)
+        assert f"{peft_files.CONFIG} are of two savings" in refused(mixed.parent)
         mixed.write_bytes(original)
     assert refused(tmp_path / "alpha 3") is None
     other = (tmp_path / "2" / peft_files.HEAD).read_bytes()
