@@ -84,10 +84,10 @@ class Adapters(nn.Module):
             raise ValueError(f"{message}: the first dimension must be the batch")
         if not any(name in self.adapters for name in names):
             return y
-        A, B = self.stacked(names)
+        A, B = (part.to(x.dtype) for part in self.stacked(names))
         index = index.to(A.device)
-        thin = torch.bmm(x.reshape(len(x), -1, x.shape[-1]).to(A.dtype), A[index].mT)
-        rows = y.reshape(len(y), -1, y.shape[-1]).to(A.dtype)
+        thin = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), A[index].mT)
+        rows = y.reshape(len(y), -1, y.shape[-1]).to(thin.dtype)
         return torch.baddbmm(rows, thin, B[index].mT).view(y.shape).to(y.dtype)
 
     def stacked(self, names):

@@ -53,10 +53,13 @@ class LowRankUpdate(checks.Described):
         nn.init.zeros_(self.B)
 
     def forward(self, x, y):
-        """y + s (x Aᵀ) Bᵀ for x (..., d_in) and y (..., d_out), in the dtype of y."""
-        thin = nn.functional.linear(x.to(self.A.dtype), self.A).reshape(-1, self.rank)
+        """y + s (x Aᵀ) Bᵀ for x (..., d_in) and y (..., d_out), in the dtype of y.
+
+        Products are in the dtype of x: a wider copy of x would be kept for backward.
+        """
+        thin = nn.functional.linear(x, self.A.to(x.dtype)).reshape(-1, self.rank)
         rows = y.to(thin.dtype).reshape(-1, y.shape[-1])
-        out = torch.addmm(rows, thin, self.B.T, alpha=self.scale)
+        out = torch.addmm(rows, thin, self.B.T.to(x.dtype), alpha=self.scale)
         return out.view(y.shape).to(y.dtype)
 
     def add_to(self, W):
