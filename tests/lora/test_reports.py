@@ -135,7 +135,7 @@ def everything(lora, folder):
     models = [moons.moons_mlp(0)]
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         return results  # nothing trains there
-    results["losses"] = training.train(models, *data, epochs=1, batch_size=16)
+    results["losses"] = training.train(models, *data, epochs=1)
     interval = lora["study.evidence"].interval([1.0, 2.0, 4.0])
     results["interval"] = torch.tensor(interval, device="cpu", dtype=torch.float64)
     return results
