@@ -296,8 +296,8 @@ def studies():
         for b in LIBRARIES[i + 1 :]
     }
     own = lora | {"steps": 32, "start": -1, "sums": seven | pairs}
-    exact = {name: of for name, of in seven.items() if of[0] != "rank 8"}
-    shared = own | {"start": 0, "sums": exact}
+    uncut = {name: of for name, of in seven.items() if of[0] != "rank 8"}
+    shared = own | {"start": 0, "sums": uncut}
     one_for_all = lora | {"libraries": list(LIBRARIES)}
 
     changes = [
