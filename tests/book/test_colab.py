@@ -165,7 +165,7 @@ def trains(notebook):
             source = re.sub(r"(?m)^\s*[%!].*", "", cell.source)
             run = [s for s in ast.parse(source).body if not isinstance(s, DEFINITIONS)]
             text = "\n".join(map(ast.unparse, run))
-            if re.search(r"\b(fine_tune|runs\.make|(?<!\.)make)\(", text):
+            if re.search(r"\b(fine_tune|make_run)\(", text):
                 return i
     return None
 
@@ -203,7 +203,7 @@ def test_what_is_cut():
     assert [cell.source for cell in shortened(notebook).cells] == ["a"], "no tag"
     calls = [code("def f(x):\n    fine_tune(x)"), code("loss = search.fine_tune(m)")]
     assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
-    calls = [code("%pip install x"), code("for m in ms:\n    runs.make(m)")]
+    calls = [code("%pip install x"), code("for m in ms:\n    runs.make_run(m)")]
     assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
 
 
