@@ -169,8 +169,10 @@ def one_layer(monkeypatch):
         monkeypatch.setattr(search, "load_minilm", lambda: (None, base(width)))
         monkeypatch.setattr(runs, "make_run", lambda **s: make(base(width), s))
 
+    def weight(model, _, seed):
+        return seed, model["encoder"]["a"].weight.tolist()
+
     monkeypatch.setattr(runs, "data", lambda seed: ((), (), seed))
-    weight = lambda model, _, seed: (seed, model["encoder"]["a"].weight.tolist())  # noqa: E731
     monkeypatch.setattr(runs, "ranks", weight)
     return use
 
