@@ -93,7 +93,7 @@ def ranks(model, tokenizer, tests):
     return {library: (1 / s).round().int().tolist() for library, s in scores.items()}
 
 
-def make(**settings):
+def make_run(**settings):
     """Make one run; return its tokenizer, its model and its row, a dictionary.
 
     Settings that are not named are `DEFAULTS`. The row holds them, the rank of each
@@ -193,7 +193,7 @@ def make_rows(settings):
     rows, change, factors = [], {}, {}
     for row in planned(settings):
         if row.keys() == DEFAULTS.keys():
-            _, model, row = make(**row)
+            _, model, row = make_run(**row)
             factors[row["libraries"][0]] = factors_of(model)
             if row["method"] == "full":
                 change = change_of(model)
@@ -296,8 +296,8 @@ def studies():
         for b in LIBRARIES[i + 1 :]
     }
     own = lora | {"steps": 32, "start": -1, "sums": seven | pairs}
-    exact = {name: of for name, of in seven.items() if of[0] != "rank 8"}
-    shared = own | {"start": 0, "sums": exact}
+    uncut = {name: of for name, of in seven.items() if of[0] != "rank 8"}
+    shared = own | {"start": 0, "sums": uncut}
     one_for_all = lora | {"libraries": list(LIBRARIES)}
 
     changes = [

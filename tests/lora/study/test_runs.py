@@ -102,7 +102,7 @@ def test_what_a_method_trains(small, method, trainable):
 
 def test_a_run_and_its_row(small):
     settings = {"rank": 2, "steps": 2, "lr": 0.05, "seed": 3, "decay": 0.0}
-    tokenizer, model, row = runs.make(**settings)
+    tokenizer, model, row = runs.make_run(**settings)
     assert row == json.loads(json.dumps(row))
     assert {k: row[k] for k in runs.DEFAULTS} == runs.DEFAULTS | settings
     assert len(row["losses"]) == 2 and row["step_time"] > 0
@@ -110,14 +110,14 @@ def test_a_run_and_its_row(small):
     score = search.search_score(model, tokenizer, runs.data(3)[2]["scipy"])
     assert score.tolist() == pytest.approx([1 / r for r in row["ranks"]["scipy"]])
     assert all(1 <= r <= 150 for ranks in row["ranks"].values() for r in ranks)
-    again = runs.make(**settings)[2]
+    again = runs.make_run(**settings)[2]
     assert row | {"step_time": 0} == again | {"step_time": 0}
-    other = runs.make(**settings | {"lr": 0.5})[2]
+    other = runs.make_run(**settings | {"lr": 0.5})[2]
     assert other["ranks"] != row["ranks"]
 
 
 def test_a_run_without_training_is_the_base(small):
-    _, model, row = runs.make(method="none")
+    _, model, row = runs.make_run(method="none")
     assert row["losses"] == [] and row["step_time"] >= 0
     _, base = search.load_minilm()
     for name, value in base.state_dict().items():
@@ -126,7 +126,7 @@ def test_a_run_without_training_is_the_base(small):
 
 def test_a_base_in_few_bits(small):
     """Two bits a number: each block of 8 has four values at most."""
-    _, model, _ = runs.make(method="none", base="NF2", block=8)
+    _, model, _ = runs.make_run(method="none", base="NF2", block=8)
     for name, layer in runs.layers(model).items():
         blocks = layer.weight.detach().reshape(-1, 8)
         assert max(len(block.unique()) for block in blocks) <= 4, name
@@ -134,7 +134,7 @@ def test_a_base_in_few_bits(small):
 
 def test_a_setting_that_there_is_none_of_is_refused(small):
     with pytest.raises(ValueError, match=r"settings are \['method', .*got \['ranks'\]"):
-        runs.make(ranks=4)
+        runs.make_run(ranks=4)
 
 
 def test_versions_are_those_of_the_installed():
@@ -167,10 +167,12 @@ def one_layer(monkeypatch):
 
     def use(width, make):
         monkeypatch.setattr(search, "load_minilm", lambda: (None, base(width)))
-        monkeypatch.setattr(runs, "make", lambda **s: make(base(width), s))
+        monkeypatch.setattr(runs, "make_run", lambda **s: make(base(width), s))
+
+    def weight(model, _, seed):
+        return seed, model["encoder"]["a"].weight.tolist()
 
     monkeypatch.setattr(runs, "data", lambda seed: ((), (), seed))
-    weight = lambda model, _, seed: (seed, model["encoder"]["a"].weight.tolist())  # noqa: E731
     monkeypatch.setattr(runs, "ranks", weight)
     return use
 
