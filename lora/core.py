@@ -33,17 +33,19 @@ def count_total(module):
     return sum(p.numel() for p in module.parameters())
 
 
-class LowRankUpdate(nn.Module):
+class LowRankUpdate(checks.Described):
     """s B A, with s = alpha / r: what is added to W (Hu et al. 2021, section 4.1).
 
     A is (r, d_in), B is (d_out, r). They are kept in their dtype, but at least in
     float32: in half precision small steps would be rounded away.
     """
 
+    settings = "rank", "alpha", "scale"
+
     def __init__(self, A, B, alpha):
         super().__init__()
         self.rank, self.alpha, self.scale = len(A), alpha, float(alpha / len(A))
-        self.A, self.B = nn.Parameter(checks.wide(A)), nn.Parameter(checks.wide(B))
+        self.A, self.B = checks.parameter(A), checks.parameter(B)
 
     def reset_parameters(self):
         """Draw A from N(0, 1/r²), set B to zero, in place; needed after `to_empty`."""
@@ -51,10 +53,13 @@ class LowRankUpdate(nn.Module):
         nn.init.zeros_(self.B)
 
     def forward(self, x, y):
-        """y + s (x Aᵀ) Bᵀ for x (..., d_in) and y (..., d_out), in the dtype of y."""
-        thin = nn.functional.linear(x.to(self.A.dtype), self.A).reshape(-1, self.rank)
+        """y + s (x Aᵀ) Bᵀ for x (..., d_in) and y (..., d_out), in the dtype of y.
+
+        Products are in the dtype of x: a wider copy of x would be kept for backward.
+        """
+        thin = nn.functional.linear(x, self.A.to(x.dtype)).reshape(-1, self.rank)
         rows = y.to(thin.dtype).reshape(-1, y.shape[-1])
-        out = torch.addmm(rows, thin, self.B.T, alpha=self.scale)
+        out = torch.addmm(rows, thin, self.B.T.to(x.dtype), alpha=self.scale)
         return out.view(y.shape).to(y.dtype)
 
     def add_to(self, W):
@@ -62,9 +67,6 @@ class LowRankUpdate(nn.Module):
         wide, A, B = (checks.wide(t) for t in (W, self.A, self.B))
         with checks.no_autocast(W.device):
             return torch.addmm(wide, B, A, alpha=self.scale).to(W.dtype)
-
-    def extra_repr(self):
-        return f"rank={self.rank}, alpha={self.alpha}"
 
 
 class LoRALinear(LowRankUpdate):
@@ -74,7 +76,7 @@ class LoRALinear(LowRankUpdate):
     d_out), in the dtype of the base's output. B is zero, so the wrapper starts out
     equal to `base`, which is kept, not copied, and frozen. Raises TypeError if that is
     no base (`lora.bases.check_base`), ValueError for a rank that is no positive integer
-    or an alpha that is not finite, RuntimeError in inference mode.
+    or an alpha that is not finite.
     """
 
     def __init__(self, base: nn.Linear, rank: int = 4, alpha: float = 8.0):
@@ -92,11 +94,11 @@ class LoRALinear(LowRankUpdate):
 
     @property
     def weight(self):
-        """The adapted weight, (d_out, d_in): for code that reads it, as attention does.
+        """The adapted weight, (d_out, d_in), computed if its numbers are used.
 
-        A new tensor each time, so that to write into it changes nothing.
+        As attention does. To write into it changes nothing.
         """
-        return self.add_to(bases.dense_weight(self.base))
+        return bases.lazily(self.add_to, self.base)
 
     bias = property(lambda self: self.base.bias)
 

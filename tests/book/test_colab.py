@@ -162,7 +162,7 @@ def trains(notebook):
             source = re.sub(r"(?m)^\s*[%!].*", "", cell.source)
             run = [s for s in ast.parse(source).body if not isinstance(s, DEFINITIONS)]
             text = "\n".join(map(ast.unparse, run))
-            if re.search(r"\b(fine_tune|runs\.run|(?<!\.)run)\(", text):
+            if re.search(r"\b(fine_tune|runs\.make|(?<!\.)make)\(", text):
                 return i
     return None
 
@@ -179,7 +179,7 @@ def test_a_chapter_is_cut_at_its_first_training_and_no_sooner(name):
 
 
 @pytest.mark.parametrize(
-    "last", ["loss = search.fine_tune(m)", "for m in ms:\n  runs.run(m)"]
+    "last", ["loss = search.fine_tune(m)", "for m in ms:\n  runs.make(m)"]
 )
 def test_what_trains(last):
     code = nbformat.v4.new_code_cell
