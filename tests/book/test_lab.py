@@ -29,36 +29,32 @@ METHODS = {
     "full": {"method": "full", "lr": 0.001},
 }
 
-# In the page: a run that starts from PyTorch's numbers and gets PyTorch's batches.
-RUN = """({settings, numbers, x, labels, adapters, batches, test}) => {
-  const matrix = (rows) =>
-    new Matrix(rows.length, rows[0].length, Float64Array.from(rows.flat()));
+# In the page: a run that starts from PyTorch's numbers, and gets PyTorch's batches.
+START = """
+const matrix = (rows) =>
+  new Matrix(rows.length, rows[0].length, Float64Array.from(rows.flat()));
+const startFrom = ({settings, numbers, adapters}) => {
   const run = new MoonsRun(settings, Float64Array.from(numbers));
-  run.training = {X: matrix(x), labels};
   run.network.layers.filter((layer) => layer.A).forEach((layer, i) => {
     [layer.A.value, layer.B.value] = adapters[i].map(matrix);
   });
-  const losses = batches.map((rows) => run.step(rows));
+  return run;
+};"""
+RUN = """(start) => {
+  const run = startFrom(start);
+  run.training = {X: matrix(start.x), labels: start.labels};
+  const losses = start.batches.map((rows) => run.step(rows));
   const merged = mergeLora(run.network);
-  const accuracy = test && [run.network, merged].map(
-    (network) => network.accuracy({X: matrix(test[0]), labels: test[1]}));
-  return {losses, accuracy};
+  const test = {X: matrix(start.test[0]), labels: start.test[1]};
+  return [losses, [run.network, merged].map((network) => network.accuracy(test))];
 }"""
-
-GRADIENTS = """({numbers, settings, adapters, x, labels, dial}) => {
-  const matrix = (rows) =>
-    new Matrix(rows.length, rows[0].length, Float64Array.from(rows.flat()));
-  const run = new MoonsRun(settings, Float64Array.from(numbers));
-  run.turn(dial);
-  run.network.layers.filter((layer) => layer.A).forEach((layer, i) => {
-    [layer.A.value, layer.B.value] = adapters[i].map(matrix);
-  });
+GRADIENTS = """(start) => {
+  const run = startFrom(start);
+  run.turn(start.dial);
   for (const parameter of run.network.parameters) parameter.trains = true;
-  run.network.backward(matrix(x), labels);
-  return {
-    gradients: run.network.parameters.map(({gradient}) => [...gradient.data]),
-    updates: run.updates.map(({data}) => [...data]),
-  };
+  run.network.backward(matrix(start.x), start.labels);
+  const gradients = run.network.parameters.map(({gradient}) => gradient);
+  return [...gradients, ...run.updates].map(({data}) => [...data]);
 }"""
 
 
@@ -75,6 +71,7 @@ def engine(browser):
                     assert old in source, f"{name}.js no longer has {old!r}"
                     source = source.replace(old, new, 1)
             page.add_script_tag(content=source)
+        page.add_script_tag(content=START)
         return page
 
     return load
@@ -136,14 +133,11 @@ def in_pytorch(name, steps):
 
 
 def loss_error(page, name, steps=50):
-    """Largest relative difference of the first losses, and the page's whole answer."""
+    """Largest relative difference of the first losses; accuracies there and here."""
     losses, right, start = in_pytorch(name, steps)
-    answer = page.evaluate(RUN, start)
-    theirs, ours = (
-        torch.tensor(v, dtype=torch.float64)[:50] for v in (losses, answer["losses"])
-    )
-    error = ((ours - theirs).abs() / theirs).max().item()
-    return error, answer | {"right": right}
+    ours, accuracies = page.evaluate(RUN, start)
+    ours, theirs = (torch.tensor(v[:50], dtype=torch.float64) for v in (ours, losses))
+    return ((ours - theirs).abs() / theirs).max().item(), accuracies, right
 
 
 @cache
@@ -170,10 +164,8 @@ def autograd():
 def gradient_error(page):
     """Largest error of any gradient or ΔW, relative to its largest entry."""
     wanted, start = autograd()
-    answer = page.evaluate(GRADIENTS, start)
-    found = [*answer["gradients"], *answer["updates"]]
     errors = []
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(page.evaluate(GRADIENTS, start), wanted, strict=True):
         difference = torch.tensor(ours, dtype=torch.float64) - theirs.flatten()
         errors.append(difference.abs().max() / theirs.abs().max())
     return torch.stack(errors).max().item()  # max of a tensor: NaN stays
@@ -184,11 +176,9 @@ def gradient_error(page):
 
 @pytest.mark.parametrize("name", ["LoRA", "full"])
 def test_a_whole_run_is_pytorchs(engine, name):
-    error, answer = loss_error(engine(), name, steps=960)
-    assert error < 1e-6
-    for accuracy in answer["accuracy"]:  # with adapters, and merged
-        assert abs(accuracy - answer["right"]) <= 0.001
-    assert answer["right"] > 0.97
+    error, accuracies, right = loss_error(engine(), name, steps=960)
+    assert error < 1e-6 and right > 0.97
+    assert accuracies == pytest.approx([right, right], abs=0.001)  # and merged
 
 
 @pytest.mark.parametrize("name", ["LoRA, both random", "B alone"])
@@ -253,20 +243,14 @@ def test_singular_values_are_torchs(engine):
 
 
 def test_moons_are_scikit_learns(engine):
-    ours = engine().evaluate(
+    rows = engine().evaluate(
         "() => {const {X, labels} = twoMoons(101, 0, 30, new Random(0, 0));"
-        "return [[...X.data], labels]}"
+        "return labels.map((label, i) => [label, ...X.data.slice(2 * i, 2 * i + 2)])}"
     )
     x, y = two_moons(101, noise=0, degrees=30)
-    rows = torch.cat([y[:, None].double(), x], 1).round(decimals=9) + 0.0
-    ours = torch.cat(
-        [
-            torch.tensor(ours[1])[:, None].double(),
-            torch.tensor(ours[0], dtype=torch.float64).reshape(-1, 2),
-        ],
-        1,
-    ).round(decimals=9)
-    assert sorted(rows.tolist()) == sorted((ours + 0.0).tolist())
+    wanted = torch.cat([y[:, None].double(), x], 1)
+    order = lambda rows: sorted(rows.double().round(decimals=9).add(0.0).tolist())  # noqa: E731
+    assert order(torch.tensor(rows, dtype=torch.float64)) == order(wanted)
 
 
 def test_random_numbers_are_gaussian_and_repeat(engine):
@@ -418,6 +402,8 @@ def train(page):
 
 
 QUICK = "?task.points=64&task.epochs=20&a.rank=4"
+FRAME = """() => new Promise(
+  (done) => requestAnimationFrame(() => requestAnimationFrame(done)))"""
 SPOKEN = """() => {
   window.spoken = [];
   const status = document.getElementById('lab-status');
@@ -504,10 +490,10 @@ def test_both_zero_learns_nothing(visit):
 def test_reduced_motion(visit):
     page = visit(QUICK, reduced_motion="reduce")
     ready(page)
-    page.wait_for_timeout(500)
+    page.evaluate(FRAME)
     page.evaluate(SPOKEN)
     train(page)
-    page.wait_for_timeout(100)
+    page.evaluate(FRAME)
     assert 1 <= page.evaluate("drawn") <= 2, "only the ends of the two runs are drawn"
 
 

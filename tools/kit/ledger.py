@@ -131,6 +131,8 @@ def sections(notebook):
             if title and cell.cell_type == "markdown":
                 level, anchor = len(title[1]), default_slugify(title[2])
                 above = [(n, a) for n, a in above if n < level] + [(level, anchor)]
+                if anchor in texts:
+                    raise ValueError(f"two headings make the anchor #{anchor}")
                 texts[anchor] = ["", ""]
             for _, anchor in above:
                 texts[anchor][cell.cell_type == "code"] += block
@@ -154,17 +156,15 @@ def faults(source, book):
     if not places or not (checks(source) or quoted):
         yield "names no place, or no assertion, test or source"
     # An assertion may take several lines in its cell.
-    parts = " ".join(" ".join(code).split()).split("assert ")[1:]
+    asserted = " ".join(" ".join(code).split()).split("assert ")[1:]
     for check in checks(source):
         file, _, test = check.partition("::")
         wanted = " ".join(check.removeprefix("assert ").split())
-        if test:
-            if f"def {test}(" not in (ROOT / file).read_text():
-                yield f"no {test} in {file}"
-        elif not any(
-            part.startswith(wanted) if check != wanted else wanted in part
-            for part in parts
-        ):
+        whole = check.startswith("assert ")
+        there = [a.startswith(wanted) if whole else wanted in a for a in asserted]
+        if test and f"def {test}(" not in (ROOT / file).read_text():
+            yield f"no {test} in {file}"
+        elif not test and not any(there):
             yield f"no assertion {check!r} in the section it points to"
     references = (BOOK / "references.md").read_text()
     for link in quoted:  # nothing to assert here: the section cites, we quote
