@@ -153,6 +153,14 @@ def names_of(layers):
     return list(dict.fromkeys(n for layer in layers.values() for n in layer.adapters))
 
 
+def once(layers):
+    """Of layers, name -> layer, each under the first of its names."""
+    firsts = {}
+    for name, layer in layers.items():
+        firsts.setdefault(layer, name)
+    return {name: layer for layer, name in firsts.items()}
+
+
 def known(model, what, *names, alone=True):
     """`parts_of` a model that has adapters of these names, and where one can do `what`.
 
@@ -392,7 +400,7 @@ def save_adapter(model, name, folder, head=None):
     when they are loaded.
     """
     layers, _ = known(model, None, name)
-    its = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
+    its = {n: m.adapters[name] for n, m in once(layers).items() if name in m.adapters}
     peft_files.write_adapter(Path(folder), its, head)
 
 
@@ -410,14 +418,13 @@ def load_adapter(model, folder, name=None, head=None):
     known(model, "load an adapter")
     check_new_name(model, name)
     places = bases.layers_of(model, wrapper=WRAPPERS)
-    factors, saved_head = peft_files.read_adapter(folder, places, head)
-    chosen = bases.choose(model, factors.__contains__, wrapper=WRAPPERS)
-    check_not_injected(model, chosen)
-    if tied := [place for place in factors if place not in chosen]:
-        message = f"{bases.listed(tied)}: another module uses the weight"
-        raise ValueError(f"{folder} has an adapter that cannot be put there: {message}")
-    updates = {chosen[place]: LowRankUpdate(*parts) for place, parts in factors.items()}
-    attach(model, name, {place: updates[base] for place, base in chosen.items()})
+    factors, saved_head = peft_files.read_adapter(folder, model, once(places), head)
+    check_not_injected(model, factors)
+    for place in factors:
+        bases.check_base(place, places[place])
+    updates = {places[place]: LowRankUpdate(*parts) for place, parts in factors.items()}
+    everywhere = {n: updates[base] for n, base in places.items() if base in updates}
+    attach(model, name, everywhere)
     if head is not None:
         head.load_state_dict(saved_head)
     return name
