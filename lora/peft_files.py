@@ -137,8 +137,8 @@ def read_adapter(folder, model, bases, head=None):
     if not wanted:
         message = f"{folder / CONFIG}: target_modules={config['target_modules']!r:.80}"
         raise ValueError(f"{message} names none of {listed(bases)}")
-    ranks = by_pattern("rank_pattern", config, wanted, config["r"])
-    alphas = by_pattern("alpha_pattern", config, wanted, config["lora_alpha"])
+    ranks = pattern_values("rank_pattern", config, wanted, config["r"])
+    alphas = pattern_values("alpha_pattern", config, wanted, config["lora_alpha"])
     like = {}
     for name in wanted:
         checks.check_settings(ranks[name], alphas[name])
@@ -208,7 +208,7 @@ def selected(config, names):
     return [name for name in names if tests[0](name) and not tests[1](name)]
 
 
-def by_pattern(key, config, names, default):
+def pattern_values(key, config, names, default):
     """Layer's name -> value, by PEFT's rule: an expression matches a name's end.
 
     Raises ValueError where two give a layer different values: PEFT sorts them when it

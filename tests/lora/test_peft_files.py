@@ -348,7 +348,7 @@ FIRST = f"base_model.model.{SHORT}"
         (lambda t: t | {FIRST: t[FIRST].flatten()}, r"must be \(2, 16\), got \(32,\)"),
         (
             lambda t: t | {FIRST: t[FIRST] * math.nan},
-            f"{FIRST}: numbers that are not fini",
+            f"{peft_files.plain_name(FIRST)}: numbers that are not fini",
         ),
         (lambda t: t | {FIRST: t[FIRST] + math.inf}, "not finite"),
         (lambda t: t | {FIRST: t[FIRST].double() + 1e300}, "not finite"),
