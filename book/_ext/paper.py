@@ -4,6 +4,8 @@ It puts the chapters into the first page's section, and makes of each link to a 
 its bare anchor, which several chapters may have (`#exercises`).
 """
 
+import re
+
 from docutils import nodes
 from sphinx.addnodes import start_of_file
 
@@ -18,15 +20,18 @@ def one_page(app, doctree, docname):
     for page in list(doctree.findall(start_of_file)):
         page.parent.remove(page)
         doctree += page
-        for section in page.findall(nodes.section):
-            section["ids"].append(f"{page['docname']}--{section['ids'][0]}")
+        own = {section["ids"][0]: section for section in page.findall(nodes.section)}
+        for name, section in own.items():
+            section["ids"].append(f"{page['docname']}--{name}")
+        for link in page.findall(nodes.reference):
+            name = link.get("refid") or link.get("refuri", "").removeprefix("#")
+            if name in own:
+                link.attributes.pop("refid", None)
+                link["refuri"] = f"#{page['docname']}--{name}"
     sections = {name for s in doctree.findall(nodes.section) for name in s["ids"]}
     for link in doctree.findall(nodes.reference):
-        page, _, anchor = (
-            link.get("refuri", "").removeprefix("#document-").partition("#")
-        )
-        if page and anchor and app.builder.name == "singlehtml":
-            own = f"{page}--{anchor}"
+        if match := re.fullmatch("#document-(.*)#(.*)", link.get("refuri", "")):
+            own, anchor = "--".join(match.groups()), match[2]
             link["refuri"] = f"#{own if own in sections else anchor}"
 
 
