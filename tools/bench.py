@@ -102,7 +102,7 @@ def first_paint(browser, url):
 
 
 def chapter_rows(notebook):
-    """What a chapter's timed cells measured, executed anew, and the goals in `bench`."""
+    """What a chapter's timed cells measure when executed anew, and their goals."""
     timed = [i for i, cell in enumerate(notebook.cells) if "bench" in cell.metadata]
     client = client_of(notebook)
     with client.setup_kernel():
