@@ -213,7 +213,8 @@ def merge(name, base, update):
         got = f"its wrapper has a {own[0]}"
         raise ValueError(f"cannot merge {name}: {got}, which would be lost")
     weight = nn.Parameter(update.add_to(W).detach())
-    if not finite(weight) and all(finite(part) for part in (W, update.A, update.B)):
+    parts = W, update.A, update.B
+    if not checks.finite(weight) and all(map(checks.finite, parts)):
         raise ValueError(f"cannot merge {name}: the sum overflows {weight.dtype}")
     if isinstance(base, DenseWeight):
         layer = nn.Linear(*reversed(weight.shape), device="meta")
@@ -222,8 +223,3 @@ def merge(name, base, update):
     else:  # keeps the class of the base and all but the weight
         layer = copy.deepcopy(base, {id(base.weight): weight})
     return layer.requires_grad_(False).train(update.training)
-
-
-def finite(tensor):
-    """Whether all numbers are finite, or there are none (meta device)."""
-    return tensor.is_meta or bool(tensor.isfinite().all())

@@ -1,10 +1,11 @@
-"""Four small things that several modules share: settings, patterns, precision."""
+"""Small things that several modules share: settings, patterns, precision, numbers."""
 
 import math
 import re
 from numbers import Integral, Real
 
 import torch
+from torch._subclasses import FakeTensor
 
 
 def check_number(name, value, least=-math.inf, kind=Real):
@@ -67,5 +68,16 @@ def wide(tensor):
 
 def no_autocast(device):
     """A context in which products keep the dtype of their factors."""
-    # There is no autocast on the "meta" device, not even one to switch off.
-    return torch.autocast(device.type.replace("meta", "cpu"), enabled=False)
+    # On some devices, such as "meta", there is no autocast, not even to switch off.
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type if known else "cpu", enabled=False)
+
+
+def has_numbers(tensor):
+    """Whether there are numbers to ask for: not on "meta", nor in fake tensors."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def finite(tensor):
+    """Whether all numbers are finite, or there are none to ask for."""
+    return not has_numbers(tensor) or bool(tensor.isfinite().all())

@@ -83,7 +83,7 @@ def check_weight(weight, block, name="weight"):
             f"{name} must hold numbers, got {weight.device} {weight.shape}"
         )
     flat = weight.detach().float().flatten()
-    if not flat.isfinite().all():
+    if not checks.finite(flat):
         raise ValueError(f"{name} must be finite in float32, got an inf or a nan")
     return flat, checks.check_number("block", block, 1, Integral)
 

@@ -242,8 +242,10 @@ def check_head(head):
 
 
 def check_values(name, tensor):
-    """Raise ValueError if a number is not finite, or there is none (meta device)."""
-    if tensor.is_meta or not tensor.isfinite().all():
+    """Raise ValueError if a number is not finite, or there is none."""
+    if not checks.has_numbers(tensor):
+        raise ValueError(f"{name}: a tensor without numbers, meta or fake")
+    if not checks.finite(tensor):
         raise ValueError(f"{name}: numbers that are not finite")
 
 
