@@ -6,9 +6,8 @@ NOTEBOOKS := $(wildcard book/[0-9]*.ipynb)
 PROSE := book lora tests tools $(wildcard *.md) Makefile
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
-.PHONY: help book pdf test style mutants sceptic sync experiments again run reproduce
-.PHONY: alone links lab clean
-.PHONY: torch-oldest torch-newest
+.PHONY: help book pdf test style bench mutants sceptic sync experiments again run reproduce
+.PHONY: alone links jupyter clean torch-oldest torch-newest
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -30,19 +29,22 @@ book: .venv/installed  ## build the book; a warning is an error
 	$(BIN)/jupyter-book build --all --quiet -W -n --keep-going .
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
-pdf: book  ## build the book, then one PDF of it, which the pages offer (needs Chromium or Chrome)
+pdf: .venv/installed  ## print the book, then build it: its pages offer the PDF (needs Chromium or Chrome)
 	$(BIN)/python -m tools.pdf
+	$(MAKE) book
 
 test: .venv/installed  ## check style, run the unit tests, then every cell against its stored output
 	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
 	$(BIN)/codespell $(PROSE)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not timed" tests
-	$(BIN)/python -m pytest -m timed tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
 	$(NBVAL) $(NOTEBOOKS)
 
 style: .venv/installed  ## format the code, also in notebooks, and mend what the linter can
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 	$(BIN)/codespell $(PROSE)
+
+bench: book  ## what takes how long, as ratios within one run, beside the goals
+	$(BIN)/python -m tools.bench
 
 mutants: .venv/installed  ## break lora/ in one place at a time: does a test fail? (ONLY='lora.core.*' for some)
 	$(BIN)/python -m tools.mutants $(ONLY)
@@ -77,7 +79,7 @@ torch-oldest torch-newest: .venv/installed  # the ends of what pyproject.toml pr
 links: .venv/installed  ## ask every address that the pages link to
 	$(BIN)/jupyter-book build --builder linkcheck .
 
-lab: .venv/installed  ## open the notebooks in JupyterLab
+jupyter: .venv/installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book
 
 clean:  ## remove the built book, keep the environment

@@ -13,6 +13,7 @@ Bad arguments raise before anything changes. Chapter 5 of the book builds this f
 """
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,28 @@ from lora.core import LoRALinear, LowRankUpdate, freeze_all
 
 @dataclass
 class Shared:
-    """What the layers of one model share: the adapter that is in use."""
+    """What the layers of one model share: the adapter that is in use for all rows."""
 
-    active: str | None = None  # set for all rows
-    rows: tuple | None = None  # or: distinct names, and which of them each row uses
-    inside: str | None = None  # the context that lasts
+    active: str | None = None
     merged: str | None = None  # the adapter that is in the weights
+
+
+@dataclass(eq=False)
+class Context:
+    """What a model is inside of; in `route` with names, and which of them rows use."""
+
+    shared: Shared
+    kind: str
+    rows: tuple | None = None
+
+
+HERE = ContextVar("HERE", default=())  # the contexts of this thread or task
+EVERYWHERE = []  # and of all
+
+
+def context_of(shared, contexts):
+    """That of these contexts which a model is inside of, or None."""
+    return next((c for c in contexts if c.shared is shared), None)
 
 
 class Adapters(nn.Module):
@@ -46,20 +63,20 @@ class Adapters(nn.Module):
         self.train(base.training)
 
     def forward(self, x):
-        y = self.base(x)
-        if self.shared.rows is not None:
-            return self.routed(x, y)
-        update = self.in_use()
+        y, context = self.base(x), context_of(self.shared, HERE.get())
+        if context and context.rows:
+            return self.routed(x, y, *context.rows)
+        update = self.in_use(context)
         return y if update is None else update(x, y)
 
-    def in_use(self):
+    def in_use(self, context):
         """The update that acts on all rows, or None: the base alone."""
-        name = None if self.shared.merged else self.shared.active
-        return dict(self.adapters.items()).get(name)
+        if context or self.shared.merged or self.shared.active not in self.adapters:
+            return None
+        return self.adapters[self.shared.active]
 
-    def routed(self, x, y):
+    def routed(self, x, y, names, index):
         """Each row of the batch with its own update: two batched products."""
-        names, index = self.shared.rows
         if x.dim() < 2 or len(x) != len(index):
             message = (
                 f"{len(index)} rows are routed, but a layer was given {(*x.shape,)}"
@@ -94,14 +111,19 @@ class Adapters(nn.Module):
 
     @property
     def weight(self):
-        """W with the update that is set, (d_out, d_in): attention reads it.
+        """W with the update that is set, computed if its numbers are used.
 
-        Raises ValueError inside of `route`, where there is no one weight.
+        As attention does. Inside of `route`, where there is no one weight, that raises
+        ValueError.
         """
-        if self.shared.rows is not None:
+        return bases.lazily(self.changed, self.base)
+
+    def changed(self, W):
+        context = context_of(self.shared, HERE.get())
+        if context and context.rows:
             message = "a layer's weight was read inside of route, as attention may do"
             raise ValueError(f"{message}: there each row has its own")
-        update, W = self.in_use(), bases.dense_weight(self.base)
+        update = self.in_use(context)
         return W if update is None else update.add_to(W)
 
     bias = property(lambda self: self.base.bias)
@@ -130,11 +152,11 @@ def names_of(layers):
     return list(dict.fromkeys(n for layer in layers.values() for n in layer.adapters))
 
 
-def known(model, what, *names):
+def known(model, what, *names, contexts=EVERYWHERE):
     """`parts_of` a model that has adapters of these names, and where one can do `what`.
 
     Raises ValueError for an unknown name, and, unless `what` is None, inside of a
-    context or while an adapter is merged.
+    context or while an adapter is merged. `contexts`: which contexts count.
     """
     layers, shared = parts_of(model)
     there = names_of(layers)
@@ -142,8 +164,9 @@ def known(model, what, *names):
         if name not in there:
             listed = ", ".join(map(repr, there)) or "none"
             raise ValueError(f"there is no adapter {name!r}; there are: {listed}")
-    if what and shared.inside:
-        raise ValueError(f"cannot {what} inside of {shared.inside}: leave it first")
+    if what and (context := context_of(shared, contexts)):
+        message = f"cannot {what} inside of {context.kind}: leave it first"
+        raise ValueError(f"{message}, in all threads")
     if what and shared.merged:
         message = f"cannot {what} while {shared.merged!r} is merged"
         raise ValueError(f"{message}: unmerge_adapter first")
@@ -164,7 +187,7 @@ def check_not_injected(model, places):
     """Raise ValueError if `inject_lora` has wrapped one of these layers."""
     inside = [n for n in places if bases.find(model.get_submodule(n), LoRALinear)]
     if inside:
-        message = f"{checks.listed(inside)}: wrapped by inject_lora"
+        message = f"{bases.listed(inside)}: wrapped by inject_lora"
         raise ValueError(f"{message}; merge_lora first, or use add_adapter throughout")
 
 
@@ -232,7 +255,7 @@ def by_pattern(name, patterns, places, default):
     for expression, value in (patterns or {}).items():
         matched = bases.matching(name, expression, places)
         if not matched:
-            message = f"{name}: {expression!r} matches none of {checks.listed(places)}"
+            message = f"{name}: {expression!r} matches none of {bases.listed(places)}"
             raise ValueError(message)
         values = dict.fromkeys(matched, value) | values
     return dict.fromkeys(places, default) | values
@@ -252,15 +275,17 @@ def set_adapter(model, name):
 
 
 @contextmanager
-def using(model, inside, rows=None):
-    """A context with none set, or with one a row; afterwards all is as it was."""
-    _, shared = known(model, inside)
-    before, shared.active = shared.active, None
-    shared.rows, shared.inside = rows, inside
+def using(model, kind, rows=None):
+    """A context of this thread or task alone; afterwards all is as it was."""
+    _, shared = known(model, kind, contexts=HERE.get())
+    context = Context(shared, kind, rows)
+    EVERYWHERE.append(context)
+    HERE.set((*HERE.get(), context))
     try:
         yield
     finally:
-        shared.active, shared.rows, shared.inside = before, None, None
+        HERE.set(tuple(c for c in HERE.get() if c is not context))
+        EVERYWHERE.remove(context)
 
 
 def disable_adapters(model):
@@ -268,6 +293,7 @@ def disable_adapters(model):
     return using(model, "disable_adapters")
 
 
+@torch.inference_mode(False)  # what is made there could not be trained through
 def route(model, names):
     """A context in which row i of each batch uses adapter `names[i]`, None the base.
 
@@ -276,8 +302,9 @@ def route(model, names):
     again (checkpointing) belongs inside the context, too.
     """
     kinds = list(dict.fromkeys(names))
-    known(model, "route", *(name for name in kinds if name is not None))
-    index = torch.tensor([kinds.index(name) for name in names])
+    adapters = [name for name in kinds if name is not None]
+    known(model, "route", *adapters, contexts=HERE.get())
+    index = torch.tensor([kinds.index(name) for name in names], device="cpu")
     return using(model, "route", rows=(kinds, index))
 
 
@@ -385,7 +412,7 @@ def load_adapter(model, folder, name=None, head=None):
     chosen = bases.choose(model, factors.__contains__, wrapper=WRAPPERS)
     check_not_injected(model, chosen)
     if tied := [place for place in factors if place not in chosen]:
-        message = f"{checks.listed(tied)}: another module uses the weight"
+        message = f"{bases.listed(tied)}: another module uses the weight"
         raise ValueError(f"{folder} has an adapter that cannot be put there: {message}")
     updates = {chosen[place]: LowRankUpdate(*parts) for place, parts in factors.items()}
     attach(model, name, {place: updates[base] for place, base in chosen.items()})

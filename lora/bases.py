@@ -5,12 +5,14 @@ class that says itself what its weight is. Chapter 2 of the book builds this fil
 """
 
 import copy
+import re
 import warnings
 from collections import Counter
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from lora import checks
 
@@ -28,12 +30,49 @@ class DenseWeight(Protocol):
 
 
 KINDS = nn.Linear, DenseWeight
+# What a LazyWeight says without a computation.
+FREE = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__}
+FREE |= {
+    getattr(torch.Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "is_meta", "is_cuda")
+}
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def dense_weight(base):
     """W of a base, (d_out, d_in): what `dense_weight()` returns, else its `weight`."""
     return base.dense_weight() if isinstance(base, DenseWeight) else base.weight
+
+
+class LazyWeight(torch.Tensor):
+    """A weight that is computed where its numbers are used, each time anew.
+
+    Its dtype, device and shape, which models read in passing, are those of `like`.
+    """
+
+    __torch_dispatch__ = None  # below autograd: it is never called
+
+    def __new__(cls, like, compute):
+        if torch.compiler.is_compiling():  # a compiler leaves out what is not used
+            return compute()
+        kind = {"dtype": like.dtype, "device": like.device}
+        lazy = torch.Tensor._make_wrapper_subclass(cls, like.shape, **kind)
+        lazy.compute = compute
+        return lazy
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in FREE:
+            return super().__torch_function__(function, types, args, kwargs)
+        args, kwargs = tree_map_only(cls, lambda w: w.compute(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def lazily(change, base):
+    """`change`(W of a base), computed where its numbers are used."""
+    own = getattr(base, "weight", None)
+    like = own if isinstance(own, LazyWeight) else dense_weight(base)
+    return LazyWeight(like, lambda: change(dense_weight(base)))
 
 
 def check_base(name, layer):
@@ -117,7 +156,7 @@ def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
         out = set(matching("exclude", exclude, wanted))
         if len(out) in (0, len(wanted)):
             message = f"exclude={exclude!r} matches {'all' if out else 'none'} of"
-            raise ValueError(f"{message} {checks.listed(wanted)}")
+            raise ValueError(f"{message} {listed(wanted)}")
         wanted = [name for name in wanted if name not in out]
     chosen = {layers[name] for name in wanted}  # one layer may have several names
     tied = tied_of(model, chosen)
@@ -126,8 +165,8 @@ def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
         asked = "" if targets is None else f" whose name is {targets!r}"
         raise ValueError(
             f"no layer{asked} to adapt in {type(model).__name__}. "
-            f"Layers: {checks.listed(layers)}; tied to another module: "
-            f"{checks.listed(n for n in layers if layers[n] in tied)}; "
+            f"Layers: {listed(layers)}; tied to another module: "
+            f"{listed(n for n in layers if layers[n] in tied)}; "
             f"other modules with matrices: {others or 'none'}"
         )
     names = {n: layer for n, layer in layers.items() if n and layer in chosen - tied}
@@ -149,10 +188,27 @@ def matching(name, expression, names):
 
     Or those that a function of a name accepts.
     """
-    accepts = expression
-    if not callable(expression):
-        accepts = checks.compiled(name, expression).fullmatch
-    return [n for n in names if accepts(n)]
+    if callable(expression):
+        return [n for n in names if expression(n)]
+    message = f"{name} must be a regular expression, got {expression!r}"
+    if not isinstance(expression, str | re.Pattern):
+        raise TypeError(message)
+    try:
+        return [n for n in names if re.fullmatch(expression, n)]
+    except re.error as fault:
+        raise ValueError(f"{message}: {fault}") from None
+
+
+def listed(names):
+    """The names as a text; of five or more that differ in a number, the outer two."""
+    groups = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    texts = (
+        ", ".join(g) if len(g) < 5 else f"{g[0]}, ..., {g[-1]} ({len(g)})"
+        for g in groups.values()
+    )
+    return ", ".join(texts) or "none"
 
 
 def uses(model):
@@ -198,6 +254,7 @@ def check_unshared(model, wrappers):
         check_base(name, base)
 
 
+@torch.inference_mode(False)  # what is made there could not be trained through
 def merge(name, base, update):
     """A new frozen linear layer: W + s B A in the dtype of W, and the base's bias.
 

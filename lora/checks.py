@@ -1,10 +1,10 @@
-"""Small things that several modules share: settings, patterns, precision, numbers."""
+"""What several modules share: numbers, settings, parameters, precision."""
 
 import math
-import re
 from numbers import Integral, Real
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensor
 
 
@@ -27,38 +27,46 @@ def check_number(name, value, least=-math.inf, kind=Real):
 
 
 def check_settings(rank, alpha):
-    """Raise ValueError unless `rank` is a positive integer and `alpha` is finite.
-
-    Raises RuntimeError in inference mode: what is made there never gets a gradient.
-    """
+    """Raise ValueError unless `rank` is a positive integer and `alpha` is finite."""
     check_number("rank", rank, 1, Integral)
     check_number("alpha", alpha)
-    if torch.is_inference_mode_enabled():
-        message = "adapters made in torch.inference_mode() could never be trained"
-        raise RuntimeError(f"{message}: leave it first")
 
 
-def compiled(name, pattern):
-    """`pattern` as a regular expression; TypeError or ValueError if it is none."""
-    message = f"{name} must be a regular expression, got {pattern!r}"
-    if not isinstance(pattern, str | re.Pattern):
-        raise TypeError(message)
-    try:
-        return re.compile(pattern)
-    except re.error as fault:
-        raise ValueError(f"{message}: {fault}") from None
+class Described(nn.Module):
+    """A module whose state holds its `settings`, too: numbers that decide what it does.
+
+    To load the state of one with other settings is an error, as it is for shapes: the
+    same A and B with another alpha are another update. They are in `_extra_state`.
+    """
+
+    settings = ()
+
+    def get_extra_state(self):
+        values = [float(getattr(self, name)) for name in self.settings]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, saved):
+        """Compared below, before anything is loaded."""
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        here = self.get_extra_state()
+        saved = state.get(f"{prefix}_extra_state", here)
+        if torch.equal(saved, here.to(saved)):  # a state may be in half precision
+            return super()._load_from_state_dict(state, prefix, *args)
+        found, wanted = (dict(zip(self.settings, v.tolist())) for v in (saved, here))
+        args[-1].append(f"{prefix[:-1]} was saved with {found}, and has {wanted} here")
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self.settings)
 
 
-def listed(names):
-    """The names as a text; of five or more that differ in a number, the outer two."""
-    groups = {}
-    for name in names:
-        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    texts = (
-        ", ".join(g) if len(g) < 5 else f"{g[0]}, ..., {g[-1]} ({len(g)})"
-        for g in groups.values()
-    )
-    return ", ".join(texts) or "none"
+@torch.inference_mode(False)
+def parameter(tensor):
+    """A parameter with the numbers of `tensor`, at least in float32, which can train.
+
+    Also if it is made in inference mode, where a tensor of its own never could.
+    """
+    return nn.Parameter(wide(tensor.detach()).clone())
 
 
 def wide(tensor):

@@ -33,17 +33,19 @@ def count_total(module):
     return sum(p.numel() for p in module.parameters())
 
 
-class LowRankUpdate(nn.Module):
+class LowRankUpdate(checks.Described):
     """s B A, with s = alpha / r: what is added to W (Hu et al. 2021, section 4.1).
 
     A is (r, d_in), B is (d_out, r). They are kept in their dtype, but at least in
     float32: in half precision small steps would be rounded away.
     """
 
+    settings = "rank", "alpha", "scale"
+
     def __init__(self, A, B, alpha):
         super().__init__()
         self.rank, self.alpha, self.scale = len(A), alpha, float(alpha / len(A))
-        self.A, self.B = nn.Parameter(checks.wide(A)), nn.Parameter(checks.wide(B))
+        self.A, self.B = checks.parameter(A), checks.parameter(B)
 
     def reset_parameters(self):
         """Draw A from N(0, 1/r²), set B to zero, in place; needed after `to_empty`."""
@@ -66,9 +68,6 @@ class LowRankUpdate(nn.Module):
         with checks.no_autocast(W.device):
             return torch.addmm(wide, B, A, alpha=self.scale).to(W.dtype)
 
-    def extra_repr(self):
-        return f"rank={self.rank}, alpha={self.alpha}"
-
 
 class LoRALinear(LowRankUpdate):
     """A frozen linear layer plus a trainable update of rank r (Hu et al. 2021, §4.1).
@@ -77,7 +76,7 @@ class LoRALinear(LowRankUpdate):
     d_out), in the dtype of the base's output. B is zero, so the wrapper starts out
     equal to `base`, which is kept, not copied, and frozen. Raises TypeError if that is
     no base (`lora.bases.check_base`), ValueError for a rank that is no positive integer
-    or an alpha that is not finite, RuntimeError in inference mode.
+    or an alpha that is not finite.
     """
 
     def __init__(self, base: nn.Linear, rank: int = 4, alpha: float = 8.0):
@@ -95,11 +94,11 @@ class LoRALinear(LowRankUpdate):
 
     @property
     def weight(self):
-        """The adapted weight, (d_out, d_in): for code that reads it, as attention does.
+        """The adapted weight, (d_out, d_in), computed if its numbers are used.
 
-        A new tensor each time, so that to write into it changes nothing.
+        As attention does. To write into it changes nothing.
         """
-        return self.add_to(bases.dense_weight(self.base))
+        return bases.lazily(self.add_to, self.base)
 
     bias = property(lambda self: self.base.bias)
 

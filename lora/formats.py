@@ -2,31 +2,29 @@
 
 A number is stored as the index of the nearest level; a block of numbers shares one
 scale, the largest absolute value in it. NF4 and normal floats: Dettmers et al. 2023,
-QLoRA, arXiv:2305.14314, section 3. Bad arguments raise TypeError or ValueError that
-name the argument. Chapter 6 of the book builds this file.
+QLoRA, arXiv:2305.14314, section 3. Chapter 6 of the book builds this file.
 """
-
-from numbers import Integral
 
 import torch
 from torch.nn import functional as F
 
 from lora import checks
 
+# Torch's defaults may be others when this file is imported.
+CPU = {"dtype": torch.float32, "device": "cpu"}
+
 
 def normal_float(bits):
     """The 2 ** bits levels of a normal float, (2 ** bits,), float32, from -1 to 1.
 
     Evenly spaced quantiles of the normal distribution, one more above zero than below,
-    and zero itself (QLoRA, section 3 and appendix E). `bits` is an integer from 2 to 8.
+    and zero itself (QLoRA, section 3 and appendix E).
     """
-    bits = checks.check_number("bits", bits, 2, Integral)
-    if bits > 8:
-        raise ValueError(f"bits must be at most 8, got {bits}")
     half = 2 ** (bits - 1)
     top = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2  # the last quantile: not 1
+    wide = {"dtype": torch.float64, "device": "cpu"}
     below, above = (
-        torch.special.ndtri(torch.linspace(0.5, top, n, dtype=torch.float64))
+        torch.special.ndtri(torch.linspace(0.5, top, n, **wide))
         for n in (half, half + 1)
     )
     return (torch.cat([-below.flip(0), above[1:]]) / above[-1]).float()
@@ -35,7 +33,7 @@ def normal_float(bits):
 def integers(bits):
     """The levels of signed integers, symmetric, without the least: 2 ** bits - 1."""
     most = 2 ** (bits - 1) - 1
-    return torch.arange(-most, most + 1) / most
+    return torch.arange(-most, most + 1, **CPU) / most
 
 
 def dynamic_float():
@@ -44,10 +42,12 @@ def dynamic_float():
     Seven decades below and above zero, each with twice the levels of the one before
     (Dettmers 2015, arXiv:1511.04561, section 2).
     """
-    edges = (torch.linspace(0.1, 1, 2**i + 1) for i in range(7))
-    halves = [10.0 ** (i - 6) * (e[1:] + e[:-1]) / 2 for i, e in enumerate(edges)]
-    half = torch.cat(halves)
-    return torch.cat([half, -half, torch.tensor([0.0, 1.0])]).sort().values
+    decades = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, **CPU)
+        decades.append(10.0 ** (i - 6) * (edges[1:] + edges[:-1]) / 2)
+    half = torch.cat(decades)
+    return torch.cat([half, -half, torch.tensor([0.0, 1.0], **CPU)]).sort().values
 
 
 # The digits that bitsandbytes has; `normal_float(4)` gives them to 2e-7.
@@ -56,16 +56,18 @@ NF4 = torch.tensor(
     + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
     + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634]
     + [0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
-    + [0.7229568362236023, 1.0]
+    + [0.7229568362236023, 1.0],
+    **CPU,
 )
-FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
+FP4 = torch.tensor([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1], **CPU)
 DYNAMIC = dynamic_float()
 LEVELS = {
     "int8": integers(8),
     "NF4": NF4,
     "FP4": torch.cat([-FP4[1:].flip(0), FP4]),
     "int4": integers(4),
-    "affine int4": torch.linspace(-1, 1, 16),  # between each block's least and largest
+    # Between each block's least and largest number.
+    "affine int4": torch.linspace(-1, 1, 16, **CPU),
     "NF3": normal_float(3),
     "int3": integers(3),
     "NF2": normal_float(2),
@@ -73,62 +75,54 @@ LEVELS = {
 }
 
 
-def check_weight(weight, block, name="weight"):
-    """`weight` flat in float32, and `block` as an int; TypeError or ValueError."""
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        got = getattr(weight, "dtype", type(weight).__name__)
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if weight.is_meta or not weight.numel():
-        raise ValueError(
-            f"{name} must hold numbers, got {weight.device} {weight.shape}"
-        )
-    flat = weight.detach().float().flatten()
-    if not checks.finite(flat):
-        raise ValueError(f"{name} must be finite in float32, got an inf or a nan")
-    return flat, checks.check_number("block", block, 1, Integral)
+def flat_numbers(tensor):
+    """The numbers of a tensor in a row, (n,), in float32; ValueError if not finite."""
+    flat = tensor.detach().float().flatten()
+    if not checks.finite(flat):  # as a scale, an infinity would erase its block
+        raise ValueError("a weight must be finite in float32, got an inf or a nan")
+    return flat
+
+
+def in_blocks(flat, block):
+    """n numbers as (⌈n / block⌉, block), the last block filled up with zeros."""
+    return F.pad(flat, (0, -len(flat) % block)).view(-1, block)
 
 
 def to_codes(flat, levels, block):
     """The nearest level to each of n numbers (n,), relative to its block's largest.
 
-    Returns codes (n,), indices of `levels` in uint8, and scales (⌈n / block⌉,) in
-    float32. The last block may be shorter.
+    Returns codes (n,), indices of the levels (at most 256) in uint8, and the scales
+    (⌈n / block⌉,) in float32.
     """
-    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    blocks = in_blocks(flat, block)
     scales = blocks.abs().amax(1)
     # as bitsandbytes: times the inverse, and a block below 1e-38 counts as zeros
     scaled = blocks * (1 / scales.clamp(min=1e-38))[:, None]
-    codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]).to(flat.device) / 2)
+    midpoints = (levels[1:] + levels[:-1]).to(flat.device) / 2
+    codes = torch.bucketize(scaled, midpoints)
     return codes.to(torch.uint8).flatten()[: len(flat)], scales
 
 
 def scaled_back(values, scales, block):
-    """`values` (n,), each times the scale of its block: (n,).
-
-    Raises ValueError unless there is one scale for each block.
-    """
-    blocks = F.pad(values, (0, -len(values) % block)).view(-1, block)
-    if len(scales) != len(blocks):  # one scale alone would serve all blocks
-        raise ValueError(f"{len(blocks)} blocks need as many scales, got {len(scales)}")
-    return (blocks * scales[:, None]).flatten()[: len(values)]
+    """`values` (n,), each times the scale of its block: (n,)."""
+    blocks = in_blocks(values, block)
+    scales = scales.view(len(blocks), 1)  # refuses one scale for all blocks
+    return (blocks * scales).flatten()[: len(values)]
 
 
 def round_trip(weight, kind="NF4", block=64):
     """`weight` as it comes back from one of `LEVELS`, in its own shape and dtype.
 
     For comparisons: nothing is packed. "affine int4" has two constants a block, its
-    least and its largest number, the others one. Raises ValueError if `kind` is not in
-    `LEVELS`, and what `quantize` raises.
+    least and its largest number, the others one.
     """
-    if kind not in LEVELS:
-        raise ValueError(f"kind must be one of {', '.join(LEVELS)}, got {kind!r}")
-    flat, block = check_weight(weight, block)
+    levels, flat = LEVELS[kind].to(weight.device), flat_numbers(weight)
     middle = torch.zeros_like(flat)
     if kind.startswith("affine"):
         last = flat[-1].expand(-len(flat) % block)  # fills up without a new extreme
         blocks = torch.cat([flat, last]).view(-1, block)
         middle = ((blocks.amax(1) + blocks.amin(1)) / 2).repeat_interleave(block)
     middle = middle[: len(flat)]
-    codes, scales = to_codes(flat - middle, LEVELS[kind], block)
-    values = LEVELS[kind].to(codes.device)[codes.int()]
-    return (scaled_back(values, scales, block) + middle).view_as(weight).to(weight)
+    codes, scales = to_codes(flat - middle, levels, block)
+    back = scaled_back(levels[codes.int()], scales, block) + middle
+    return back.view_as(weight).to(weight)

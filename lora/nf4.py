@@ -3,8 +3,7 @@
 A number is stored as the index of the nearest of sixteen levels, two indices a byte,
 and each block of numbers shares one scale, the largest absolute value in it (Dettmers
 et al. 2023, QLoRA, arXiv:2305.14314, section 3; the bytes are those of bitsandbytes).
-Bad arguments raise TypeError or ValueError that name the argument. Chapter 6 of the
-book builds this file.
+Chapter 6 of the book builds this file.
 """
 
 import warnings
@@ -13,35 +12,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora import bases
+from lora import bases, checks
 from lora.core import freeze_all
-from lora.formats import DYNAMIC, NF4, check_weight, scaled_back, to_codes
+from lora.formats import DYNAMIC, NF4, flat_numbers, scaled_back, to_codes
 
 
 def quantize(weight, block=64):
     """Four bits for each number of `weight`: codes and scales (QLoRA, section 3).
 
-    `weight` is a floating-point tensor of any shape with n numbers, which are taken row
-    by row. Returns codes, uint8 of shape (⌈n / 2⌉,), two a byte, the first in the
-    upper half; and scales, float32 of shape (⌈n / block⌉,). Raises TypeError or
-    ValueError unless `weight` is such a tensor, not empty and finite, and `block` an
-    integer of at least 1.
+    The n numbers of a tensor of any shape are taken row by row. Returns codes, uint8
+    of shape (⌈n / 2⌉,), two a byte, the first in the upper half; and scales, float32 of
+    shape (⌈n / block⌉,). Raises ValueError for an infinity or a NaN.
     """
-    flat, block = check_weight(weight, block)
-    codes, scales = to_codes(flat, NF4, block)
+    codes, scales = to_codes(flat_numbers(weight), NF4, block)
     codes = F.pad(codes, (0, len(codes) % 2), value=7).view(-1, 2)  # 7: zero
     return codes[:, 0] * 16 + codes[:, 1], scales
 
 
 def dequantize(codes, scales, shape, block=64):
-    """The weight that `quantize` stored, of the given `shape`, in float32.
-
-    Raises ValueError unless codes and scales are as many as `shape` and `block` take.
-    """
+    """The weight that `quantize` stored, of the given `shape`, in float32."""
     n = torch.Size(shape).numel()
-    if len(codes) != (n + 1) // 2:
-        took = f"{tuple(shape)} takes {(n + 1) // 2} bytes of codes"
-        raise ValueError(f"{took}, got {len(codes)}")
+    codes = codes.view((n + 1) // 2)  # refuses those of another shape
     pairs = torch.cartesian_prod(NF4, NF4).to(codes.device)  # byte -> its two levels
     values = F.embedding(codes.int(), pairs).flatten()[:n]
     return scaled_back(values, scales, block).view(shape)
@@ -52,19 +43,15 @@ def double_quantize(scales, block=256):
 
     The mean is subtracted, blocks of `block` scales share a scale of their own. For n
     scales returns codes, uint8 (n,); scales, float32 (⌈n / block⌉,); and the mean,
-    float32 (). Raises what `quantize` raises.
+    float32 ().
     """
-    flat, _ = check_weight(scales, block, "scales")
-    mean = flat.mean()
-    centred, block = check_weight(flat - mean, block, "scales minus their mean")
-    return *to_codes(centred, DYNAMIC, block), mean
+    mean = scales.mean()
+    codes, wide = to_codes(flat_numbers(scales - mean), DYNAMIC, block)
+    return codes, wide, mean
 
 
 def double_dequantize(codes, scales, mean, block=256):
-    """The scales (n,) that `double_quantize` stored, in float32.
-
-    Raises ValueError unless `scales` is one for each `block` of them.
-    """
+    """The scales (n,) that `double_quantize` stored, in float32."""
     values = DYNAMIC.to(codes.device)[codes.int()]
     return scaled_back(values, scales, block) + mean
 
@@ -75,11 +62,17 @@ class FrozenProduct(torch.autograd.Function):
     So that no dense weight stays alive in between: what is kept is what is stored.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, bias, dense, *stored):
-        ctx.save_for_backward(*stored)
-        ctx.dense = dense
+    def forward(x, bias, dense, *stored):
         return F.linear(x, dense(*stored), bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, ctx.dense, *stored = inputs
+        ctx.save_for_backward(*stored)
+        ctx.save_for_forward(*stored)
 
     @staticmethod
     def backward(ctx, g):
@@ -88,41 +81,43 @@ class FrozenProduct(torch.autograd.Function):
         bias_grad = g.reshape(-1, g.shape[-1]).sum(0) if bias_needs else None
         return x_grad, bias_grad, *[None] * (1 + len(ctx.saved_tensors))
 
+    @staticmethod
+    def jvp(ctx, x_change, bias_change, *_):
+        if x_change is None:
+            return bias_change
+        return F.linear(x_change, ctx.dense(*ctx.saved_tensors), bias_change)
 
-class NF4Linear(nn.Module):
+
+class NF4Linear(checks.Described):
     """A frozen linear layer whose weight is stored in four bits (QLoRA, section 3).
 
     Maps x (..., in_features) to x Wᵀ + b, (..., out_features), with W dequantized for
-    each call. All of `stored` is bytes, float32 scales too, so `.half()` and `.to()`
-    leave it as it is; they set the dtype of W, of b and of x, as in `nn.Linear`. The
-    bias is copied, not quantized. Made by `from_linear`.
+    each call. All of `stored` is bytes, the float32 scales too, so that `.half()` and
+    `.to()` leave it as it is: they set the dtype of W, b and x, as in `nn.Linear`.
     """
 
+    settings = "in_features", "out_features", "block", "is_double"
+
+    @torch.inference_mode(False)  # what is made there could not be trained through
     def __init__(self, weight, bias=None, block=64, double=True):
         super().__init__()
         codes, scales = quantize(weight, block)
         parts = [codes, *(double_quantize(scales) if double else [scales])]
         self.out_features, self.in_features = weight.shape
-        self.block, self.is_double = int(block), bool(double)
+        self.block, self.is_double = block, double
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         for name, part in zip(("codes", "scales", "scales_of_scales", "mean"), parts):
             self.register_buffer(name, part.flatten().view(torch.uint8))
-        layout = torch.tensor([*weight.shape, block], device=weight.device)
-        self.register_buffer("layout", layout)
         self.register_buffer("like", weight.new_empty(0), persistent=False)
         freeze_all(self)
 
     @classmethod
     def from_linear(cls, linear, block=64, double=True):
-        """The quantized copy of a plain `nn.Linear`, which stays as it is.
+        """The quantized copy of a linear layer, which stays as it is.
 
         `block` numbers share a scale; with `double` the scales are quantized, too.
-        Raises TypeError if `linear` is anything else, also if it is quantized already,
-        and what `quantize` raises.
+        Raises TypeError if the layer is no base, ValueError for an infinity or a NaN.
         """
-        if not isinstance(linear, nn.Linear):
-            kind = type(linear).__name__
-            raise TypeError(f"linear must be a plain nn.Linear, got {kind}")
         weight = bases.check_base("linear", linear)
         return cls(weight, linear.bias, block, double).train(linear.training)
 
@@ -144,36 +139,27 @@ class NF4Linear(nn.Module):
         """W, (out_features, in_features), a new tensor: this makes the layer a base."""
         return self.dense(*self.stored())
 
-    weight = property(dense_weight)  # attention reads `layer.weight`
+    @property
+    def weight(self):
+        """W, (out_features, in_features), dequantized if its numbers are used."""
+        like = self.like.new_empty(1).expand(self.out_features, self.in_features)
+        return bases.LazyWeight(like, self.dense_weight)
 
     def forward(self, x):
         return FrozenProduct.apply(x, self.bias, self.dense, *self.stored())
 
-    def _load_from_state_dict(self, state, prefix, *args):
-        saved = state.get(f"{prefix}layout", self.layout).tolist()
-        if saved != self.layout.tolist():  # else bytes would land in the wrong places
-            args[-1].append(
-                f"{prefix}layout (out_features, in_features, block) is "
-                f"{self.layout.tolist()} here, {saved} in the file"
-            )
-        else:
-            super()._load_from_state_dict(state, prefix, *args)
-
     def extra_repr(self):
-        text = f"in_features={self.in_features}, out_features={self.out_features}, "
-        has_bias = self.bias is not None
-        return f"{text}bias={has_bias}, block={self.block}, double={self.is_double}"
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
 
 
-def quantize_model(model, targets=None, block=64, double=True):
+def quantize_model(model, targets=None):
     """Store the linear layers inside `model` in four bits, in place; return the new.
 
     All of them, or those whose whole qualified name matches the regular expression
-    `targets`: the same rule, and the same refusals, as in `inject_lora`. A quantized
-    layer is left alone: a second call changes nothing, not even the block, and returns
-    []. A layer whose weight another module uses is left alone with a warning. Raises
-    ValueError if `model` is itself a layer or none is left, and what `from_linear`
-    raises, with the layer's name; then nothing has changed.
+    `targets`, by the rules of `inject_lora`. A quantized layer is left alone, and so is
+    one whose weight another module uses, with a warning. Raises ValueError if `model`
+    is itself a layer, no layer is left, or a weight is not finite; then nothing has
+    changed.
     """
     kinds, new = (nn.Linear, NF4Linear), {}
     chosen = bases.choose(model, targets, kind=kinds)
@@ -185,9 +171,9 @@ def quantize_model(model, targets=None, block=64, double=True):
     for name, layer in chosen.items():
         if layer not in new and not isinstance(layer, NF4Linear):
             try:
-                new[layer] = NF4Linear.from_linear(layer, block, double)
-            except (TypeError, ValueError) as fault:
-                raise type(fault)(f"{name}: {fault}") from None
+                new[layer] = NF4Linear.from_linear(layer)
+            except ValueError as fault:
+                raise ValueError(f"{name}: {fault}") from None
     for name, layer in chosen.items():
         model.set_submodule(name, new.get(layer, layer))
     return list(new.values())

@@ -1,8 +1,16 @@
-"""How long one layer takes against PEFT's: medians of interleaved runs, as ratios."""
+"""`make bench`: what takes how long, as ratios within one run, beside its goal.
+
+No test looks at the clock: a busy machine must not turn one red. Here it may spoil a
+row, so look at it again.
+"""
 
 import copy
+import subprocess
+import sys
 import time
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig
@@ -10,21 +18,120 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from lora import LoRALinear
+from tools.kit.register import pages
+from tools.kit.site import HTML, open_browser, serve
 
-for d, rows, runs in ((128, 1000, 500), (1024, 512, 40), (4096, 256, 25)):
-    base = nn.Linear(d, d).requires_grad_(False)
+IMPORT = """import time, torch
+start = time.process_time()
+import lora
+print(1000 * (time.process_time() - start))"""
+# A slow phone: slow 4G, and a processor that takes four times as long.
+SLOW = {"offline": False, "latency": 150}
+SLOW |= {"downloadThroughput": 1.6e6 / 8, "uploadThroughput": 0.75e6 / 8}
+PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+BARE = "<!DOCTYPE html><link rel=icon href='data:,'><title>Bare</title>Three words."
+# The laboratory's first run: seconds, in those of a core that adds 750 million numbers
+# a second one after the other, and its longest task meanwhile, in milliseconds.
+TRAIN = """async () => {
+  const measured = (use) => {
+    const from = performance.now();
+    use();
+    return performance.now() - from;
+  };
+  let longest = 0, sum = 0;
+  const watched = (use) => { longest = Math.max(longest, measured(use)); };
+  for (const method of ["hear", "draw"]) {
+    const own = Panel.prototype[method];
+    Panel.prototype[method] = function (...all) {
+      const frame = window.requestAnimationFrame;
+      window.requestAnimationFrame = (use) => frame(() => watched(use));
+      watched(() => own.apply(this, all));
+      window.requestAnimationFrame = frame;
+    };
+  }
+  const hundred = measured(() => { for (let i = 0; i < 1e8; i++) sum += 1e-9; });
+  const from = performance.now(), status = document.getElementById("lab-status");
+  document.getElementById("lab-train").click();
+  while (!status.textContent.includes("Done") && sum)
+    await new Promise((done) => setTimeout(done, 20));
+  const slowness = hundred / (1e8 / 750e3);
+  return [(performance.now() - from) / 1000 / slowness, longest];
+}"""
+
+
+def against_peft(width, count, repetitions):
+    """Time of one layer, both ways, over PEFT's: medians of interleaved runs."""
+    base = nn.Linear(width, width).requires_grad_(False)
     config = LoraConfig(r=8, lora_alpha=16)
     ours = LoRALinear(copy.deepcopy(base), 8, 16)
     peft = PeftLinear(copy.deepcopy(base), "a", config, r=8, lora_alpha=16)
-    for shape in ((rows, d), (4, rows // 4, d)):
-        x, gradient = torch.randn(shape, requires_grad=True), torch.randn(shape)
-        times = {ours: [], peft: []}
-        for _ in range(runs):
-            for layer, seconds in times.items():
-                start = time.perf_counter()
-                layer(x).backward(gradient)
-                seconds.append(time.perf_counter() - start)
-                layer.zero_grad()
-                x.grad = None
-        ratio = median(times[ours]) / median(times[peft])
-        print(f"d = {d:4}, x {shape!s:14} forward and backward: {ratio:.2f} of PEFT's")
+    x, gradient = torch.randn(count, width), torch.randn(count, width)
+    x.requires_grad_()
+    times = {ours: [], peft: []}
+    for _ in range(repetitions):
+        for layer, seconds in times.items():
+            start = time.perf_counter()
+            layer(x).backward(gradient)
+            seconds.append(time.perf_counter() - start)
+            layer.zero_grad()
+            x.grad = None
+    return median(times[ours]) / median(times[peft])
+
+
+def import_time():
+    """Milliseconds of processor time that `import lora` takes beside torch."""
+    command = [sys.executable, "-c", IMPORT]
+    return median(float(subprocess.check_output(command)) for _ in range(5))
+
+
+def first_paint(browser, url):
+    """Milliseconds until a slow phone shows the first word of a page: the best of 3."""
+    paints = []
+    for _ in range(3):
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        session = page.context.new_cdp_session(page)
+        session.send("Network.enable")
+        session.send("Network.emulateNetworkConditions", SLOW)
+        session.send("Emulation.setCPUThrottlingRate", {"rate": 4})
+        page.goto(url, wait_until="commit")
+        paints.append(page.wait_for_function(PAINT, timeout=60_000).json_value())
+        page.close()
+    return min(paints)
+
+
+def rows():
+    """(what, its value, its goal) one after the other."""
+    for size, goal in (
+        ((128, 1000, 500), 0.92),
+        ((1024, 512, 40), 1),
+        ((4096, 256, 25), 1),
+    ):
+        yield f"a layer of width {size[0]}, of PEFT's time", against_peft(*size), goal
+    yield "import lora, ms beside torch", import_time(), 50
+    with open_browser() as browser, TemporaryDirectory() as folder:
+        Path(folder, "bare.html").write_text(BARE)
+        with serve(folder) as url:
+            bare = first_paint(browser, f"{url}bare.html")
+        with serve(HTML) as url:
+            for path in pages():
+                paint = first_paint(browser, f"{url}{path}.html")
+                yield f"first paint of {path}, of a bare page's", paint / bare, 6
+            page = browser.new_page()
+            page.goto(f"{url}book/lab.html")
+            for run in "ab":  # both have reported
+                page.locator(f"#{run}-epoch:not(:empty)").wait_for()
+            seconds, longest = page.evaluate(TRAIN)
+            yield "first run of the laboratory, s on an ordinary core", seconds, 15
+            yield "its longest task meanwhile, ms", longest, 50
+
+
+def main():
+    print(f"{'':60}{'here':>8}{'goal':>8}")
+    for what, value, goal in rows():
+        print(
+            f"{what:60}{value:8.2f}{goal:8}{' *' if value > goal else ''}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The laboratory's data: `python tools/lab.py weights`, `python tools/lab.py picture`.
+"""The laboratory's data: `python -m tools.lab weights` or `picture`.
 
 `weights` pretrains the network of seed 0 as Chapter 3 does and writes its numbers to
 base.js: float32, little-endian, W and b of each layer in PyTorch's order, in base64
@@ -14,7 +14,9 @@ import sys
 
 import torch
 
-from tools.kit.register import BOOK, ROOT
+from lora.study.moons import pretrained
+from tools.kit.register import BOOK
+from tools.kit.site import HTML, open_browser
 
 LAB = BOOK / "_static" / "lab"
 ENGINE = ("matrix", "network", "optimizer", "adapters", "experiment")  # without a page
@@ -29,8 +31,6 @@ const MOONS_BASE =
 
 def pretrained_numbers():
     """All numbers of Chapter 3's pretrained network of seed 0, float32, (33666,)."""
-    from lora.study.moons import pretrained
-
     (model,), *_ = pretrained([0])
     return torch.cat([p.detach().flatten() for p in model.parameters()]).float()
 
@@ -41,7 +41,7 @@ def stored_numbers():
     data = base64.b64decode(re.search('"(.*)"', source)[1])
     if hashlib.sha256(data).hexdigest() not in source:
         raise ValueError(
-            "base.js does not have its SHA-256: python tools/lab.py weights"
+            "base.js does not have its SHA-256: python -m tools.lab weights"
         )
     return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
@@ -54,18 +54,12 @@ def write_weights():
 
 
 def take_picture():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]
-        )
+    with open_browser() as browser:
         page = browser.new_page(viewport={"width": 1265, "height": 900})
-        page.goto((ROOT / "_build/html/book/lab.html").as_uri())
+        page.goto((HTML / "book" / "lab.html").as_uri())
         page.click("#lab-train")
         page.wait_for_function("document.querySelector('#lab-status').textContent")
         page.locator("#lab-pictures").screenshot(path=str(LAB / "still.png"))
-        browser.close()
 
 
 if __name__ == "__main__":

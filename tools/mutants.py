@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from tools.kit.register import ROOT, sources
@@ -32,7 +32,8 @@ use_git_change_detection = false
 
 def mutated():
     """The files in which mutants are made: all but how figures look."""
-    return [f"lora/{file.name}" for name, file in sources().items() if name != "plots"]
+    files = [file for name, file in sources().items() if name != "study.plots"]
+    return [str(file.relative_to(ROOT)) for file in files]
 
 
 def without_decorators(source):
@@ -76,7 +77,7 @@ def main(*names):
         shutil.copytree(ROOT / folder, WORK / folder, ignore=ignore)
     config = (ROOT / "pyproject.toml").read_text() + CONFIG.format(files=mutated())
     (WORK / "pyproject.toml").write_text(config)
-    for path in (WORK / "lora").glob("*.py"):
+    for path in (WORK / "lora").rglob("*.py"):
         path.write_text(without_decorators(path.read_text()))
     mutmut("run", *names, check=True)
 
@@ -84,10 +85,12 @@ def main(*names):
     alive = [m for m, result in results.items() if result not in ("killed", "timeout")]
     survivors = {description(m): m for m in alive if results[m] != "not checked"}
     listed = set(re.findall(r"```diff\n(.*?)\n```", LISTED.read_text(), re.DOTALL))
-    for module in sorted({name.split(".")[1] for name in results}):
-        mine = {m: r for m, r in results.items() if m.split(".")[1] == module}
-        counts = ", ".join(f"{n} {r}" for r, n in Counter(mine.values()).most_common())
-        print(f"lora/{module}.py: {len(mine)} mutants: {counts}")
+    modules = defaultdict(Counter)
+    for mutant, result in results.items():
+        modules[mutant.rpartition(".")[0]][result] += 1
+    for module, counts in sorted(modules.items()):
+        said = ", ".join(f"{n} {result}" for result, n in counts.most_common())
+        print(f"{module}: {counts.total()} mutants: {said}")
     unknown = [text for text in survivors if text not in listed]
     for text in unknown:
         print(f"\nNot killed: {survivors[text]} ({results[survivors[text]]})\n{text}")

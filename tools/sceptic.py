@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # as in tools/run.py
@@ -21,17 +22,17 @@ import torch
 
 from tools.kit.register import chapters
 
+Trial = namedtuple("Trial", "path name claim setting arguments seeds book")
+
 
 def definitions(cells):
     """The source of those cells that only import, define and name literals."""
     for cell in cells:
-        source = re.sub(r"^\s*!.*", "", cell.source, flags=re.MULTILINE)
-        if cell.cell_type != "code" or cell.source.lstrip().startswith(
-            "# @title Set-up"
-        ):
-            continue
-        if all(map(defines, ast.parse(source).body)):
-            yield source
+        setup = cell.source.startswith("# @title Set-up")
+        if cell.cell_type == "code" and not setup:
+            source = re.sub(r"^\s*!.*", "", cell.source, flags=re.MULTILINE)
+            if all(map(defines, ast.parse(source).body)):
+                yield source
 
 
 def defines(statement):
@@ -45,72 +46,57 @@ def headlines(path):
     """(function's name, claim, metadata) of each headline of a chapter."""
     for cell in nbformat.read(path, as_version=4).cells:
         if "headline" in cell.metadata.get("tags", []):
-            (function,) = (
-                f for f in ast.parse(cell.source).body if isinstance(f, ast.FunctionDef)
-            )
+            body = ast.parse(cell.source).body
+            (function,) = (f for f in body if isinstance(f, ast.FunctionDef))
             claim = ast.get_docstring(function).partition("\n")[0]
             yield function.name, claim, cell.metadata["headline"]
 
 
-def attempt(path, name, seeds, setting):
-    """Whether one headline stands with these seeds, its figure, and the seconds.
+def trials(only):
+    """Each headline whose name matches `only`, in each of its settings."""
+    for path in (chapter.path for chapter in chapters()):
+        stored = nbformat.read(path, as_version=4).metadata.get("bound", {})
+        for name, claim, data in headlines(path):
+            for setting, arguments in data["settings"].items():
+                if re.search(only, name):
+                    said = stored.get(data["book"][setting])
+                    yield Trial(
+                        path, name, claim, setting, arguments, data["seeds"], said
+                    )
+
+
+def attempt(trial, first):
+    """Whether a headline stands with the seeds from `first` on, its figure, seconds.
 
     Plain values: a chapter that lists `Verdict` has a class of its own, which no other
     process could read.
     """
     torch.set_num_threads(1)
     space, start = {"__name__": "chapter"}, time.time()
-    cells = nbformat.read(path, as_version=4).cells
-    for source in definitions(cells):
-        exec(compile(source, path.name, "exec"), space)
-    verdict = space[name](seeds, **setting)
+    for source in definitions(nbformat.read(trial.path, as_version=4).cells):
+        exec(compile(source, trial.path.name, "exec"), space)
+    seeds = range(first, first + trial.seeds)
+    verdict = space[trial.name](seeds, **trial.arguments)
     return bool(verdict.stands), str(verdict), time.time() - start
-
-
-def trials(only=""):
-    """(chapter, name, claim, setting, arguments, seeds, book) of each trial."""
-    for chapter in chapters():
-        stored = nbformat.read(chapter.path, as_version=4).metadata.get("bound", {})
-        for name, claim, data in headlines(chapter.path):
-            for setting, arguments in data["settings"].items():
-                if re.search(only, name):
-                    said = stored.get(data["book"][setting])
-                    yield chapter, name, claim, setting, arguments, data["seeds"], said
 
 
 def main(seed=100, only=""):
     """Try all headlines whose name matches `only`; 1 if one falls, 0 if all stand."""
-    seed, rows = int(seed), []
+    tried = list(trials(only))
+    table = []
     with ProcessPoolExecutor(2) as pool:
-        started = [
-            (
-                trial,
-                pool.submit(
-                    attempt,
-                    trial[0].path,
-                    trial[1],
-                    range(seed, seed + trial[5]),
-                    trial[4],
-                ),
+        results = pool.map(attempt, tried, [int(seed)] * len(tried))
+        for trial, (stands, fresh, seconds) in zip(tried, results):
+            word = "stands" if stands else "FALLS"
+            print(f"{word:7}{trial.claim} ({trial.setting})", flush=True)
+            chapter = trial.path.stem[:2]
+            table.append(
+                [chapter, trial.name, trial.setting, trial.book, fresh, word, seconds]
             )
-            for trial in trials(only)
-        ]
-        for (chapter, name, claim, setting, _, _, said), future in started:
-            stands, fresh, seconds = future.result()
-            row = {
-                "chapter": chapter.path.stem[:2],
-                "headline": name,
-                "setting": setting,
-            }
-            row |= {"book": said, "fresh": fresh}
-            row |= {
-                "verdict": "stands" if stands else "FALLS",
-                "s": round(seconds),
-            }
-            rows.append(row)
-            print(f"{row['verdict']:7}{claim} ({setting})", flush=True)
-    print(f"\nSeeds from {seed} on\n{pd.DataFrame(rows).to_string(index=False)}")
-    return any(row["verdict"] == "FALLS" for row in rows) or not rows
+    columns = ["chapter", "headline", "setting", "book", "fresh", "verdict", "s"]
+    table = pd.DataFrame(table, columns=columns).round({"s": 0})
+    print(f"\nSeeds from {seed} on\n{table.to_string(index=False)}")
+    return "FALLS" in table["verdict"].values or table.empty
 
 
 if __name__ == "__main__":

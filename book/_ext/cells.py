@@ -14,7 +14,6 @@ TITLE = re.compile(r"# @title (.*)\n*")
 ANCHOR = re.compile(r'<a id="(eq-[\w-]+)"></a>')
 DATAFRAME = re.compile(r'<table border="1" class="dataframe">.*</table>', re.DOTALL)
 LONG = re.compile(r"(?<=<th>)[a-z][\w.*=]{15,}(?=</th>)")  # a name in code
-CAPTION_NUMBER = re.compile('<span class="caption-number">[^<]*</span>')
 FRAME = '<div class="table-frame" role="region" tabindex="0" aria-label="{}">'
 logger = logging.getLogger(__name__)
 
@@ -131,12 +130,20 @@ def depart_table(self, node):
     self.depart_figure(node)
 
 
-def finish_body(app, pagename, templatename, context, doctree):
-    """Tables written in Markdown scroll as DataFrames do; only chapters count."""
-    body = context.get("body", "")
-    if not app.env.toc_secnumbers.get(pagename):
-        body = CAPTION_NUMBER.sub("", body)
-    parts = body.split('<div class="pst-scrollable-table-container">')
+def number_chapters_only(app, env):
+    """Figures of pages that are no chapter have captions without a number."""
+    for page in env.toc_fignumbers.keys() - {
+        p for p, n in env.toc_secnumbers.items() if n
+    }:
+        env.toc_fignumbers[page] = {}
+    return []
+
+
+def frame_markdown_tables(app, pagename, templatename, context, doctree):
+    """Tables written in Markdown scroll as DataFrames do."""
+    parts = context.get("body", "").split(
+        '<div class="pst-scrollable-table-container">'
+    )
     for i in range(1, len(parts)):
         parts[i] = FRAME.format(f"Unnumbered table {i}") + parts[i]
     context["body"] = "".join(parts)
@@ -146,5 +153,6 @@ def setup(app):
     app.add_transform(Cells)
     app.add_enumerable_node(TableFigure, "table", html=(visit_table, depart_table))
     app.add_node(HideCodeCellNode, override=True, html=(visit_fold, depart_fold))
-    app.connect("html-page-context", finish_body)
+    app.connect("env-get-updated", number_chapters_only, priority=900)
+    app.connect("html-page-context", frame_markdown_tables)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

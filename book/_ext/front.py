@@ -7,9 +7,10 @@ becomes a table with a filter. When the pages are written, they are made lighter
 import html
 import logging
 import re
+import shutil
 import struct
-import subprocess
 import sys
+from collections import Counter
 from datetime import date
 from functools import cache
 from importlib.metadata import version
@@ -24,8 +25,7 @@ from fontTools.ttLib import TTFont
 
 from tools.kit import ledger, register
 
-ROOT = register.ROOT
-
+ROOT, PDF = register.ROOT, register.PDF
 LANDING = "book/index"
 CLAIMS = "book/claims"
 SIDE = 128  # the layers of Chapter 3, and the picture's units
@@ -38,17 +38,26 @@ PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib")
 
 
 def start():
-    """Where to begin: reading, on Colab, or on paper if tools/pdf.py has been there."""
+    """Where to begin: reading, on Colab, or on paper."""
     first = register.chapters()[0]
     return f"""<p class="start">
 <a class="button main" href="{first.path.stem}.html">Start reading</a>
 <a class="button" href="{register.colab(first)}">Run on Colab</a>
-<span data-pdf="button" hidden></span>
+{paper("../", "button")}
 </p>"""
 
 
-def rank_dial(rank=8):
+def paper(up, kind="link"):
+    """A link to what `make pdf` printed, where it is there and of today's pages."""
+    if not PDF.exists() or PDF.stat().st_mtime < register.last_change():
+        return ""
+    size = PDF.stat().st_size / 1e6
+    return f'<a class="{kind}" href="{up}{PDF.name}">PDF, {size:.1f} MB</a>'
+
+
+def rank_dial():
     """One layer to scale: an area is a count of numbers. front.js moves the slider."""
+    rank = 8  # where the slider starts
     x = SIDE + 24 + max(RANKS) // 2  # the middle of B
     thin = 2 * SIDE * rank
     return f"""<figure class="dial" id="rank-dial">
@@ -93,27 +102,13 @@ def verdicts():
 
 @cache
 def last_run():
-    """The latest day of a chapter's run, and whether `make run` wrote it down."""
-    days, written = [], True
-    for chapter in register.chapters():
-        meta = nbformat.read(chapter.path, as_version=4).metadata
-        day = meta.get("ran")
-        if not day:  # the day of the commit that changed it last
-            written = False
-            command = ["git", "log", "-1", "--format=%cs", "--", chapter.path]
-            day = subprocess.run(
-                command, capture_output=True, text=True, cwd=ROOT
-            ).stdout.strip()
-        days += [date.fromisoformat(str(day))] if day else []
-    return max(days, default=None), written
+    """The latest day of a chapter's run, as `make run` writes it down."""
+    notebooks = [nbformat.read(c.path, as_version=4) for c in register.chapters()]
+    return date.fromisoformat(max(n.metadata["ran"] for n in notebooks))
 
 
 def ran():
-    """`Last run on 24 November 2026`, or what else is known; empty without git."""
-    day, written = last_run()
-    if not day:
-        return ""
-    return f"Chapters last {'run' if written else 'changed'} on {day:%-d %B %Y}"
+    return f"Chapters last run on {last_run():%-d %B %Y}"
 
 
 @cache
@@ -128,11 +123,10 @@ def terms():
         a.get("name") or f"{a['family-names']}, {a['given-names']}"
         for a in cite["authors"]
     )
-    day, _ = last_run()
     bibtex = f"""@misc{{deconstructing-lora,
   title   = {{{cite["title"]}}},
   author  = {{{{{authors}}}}},
-  year    = {{{(day or date.today()).year}}},
+  year    = {{{last_run().year}}},
   version = {{{cite["version"]}}},
   url     = {{{cite["url"]}}},
 }}"""
@@ -175,8 +169,8 @@ def footer(app, pagename, templatename, context, doctree):
         f'<a href="{at}#who-and-under-what-terms">How to cite</a>',
         f"{ran()}, with PyTorch {version('torch')}, Python {PYTHON}",
     ]
-    place = '<span data-pdf="link" hidden></span>'  # for tools/pdf.py
-    context["theme_extra_footer"] = f'<p class="terms">{" · ".join(parts)}{place}</p>'
+    parts += filter(None, [paper("../" * pagename.count("/"))])
+    context["theme_extra_footer"] = f'<p class="terms">{" · ".join(parts)}</p>'
 
 
 # The claims page ----------------------------------------------------------------------
@@ -196,68 +190,60 @@ def is_tail(node):
     return re.search(r"(^|/)\d\d-[\w-]+", target) is not None
 
 
+def take_verdict(finding):
+    """The verdict in a row's text, for a badge. The text keeps it inside a sentence."""
+    bold = [n for n in finding if isinstance(n, nodes.strong)]
+    strong = next(n for n in bold if n.astext().rstrip(".") in ledger.VERDICTS)
+    verdict, at = strong.astext().rstrip("."), finding.index(strong)
+    before = "".join(node.astext() for node in finding[:at])
+    after = "".join(node.astext() for node in finding[at + 1 : at + 2])
+    ends = strong.astext().endswith(".") or after.startswith((".", ":", ","))
+    if not before.strip() and ends:
+        sentence = after.lstrip(".:, ")
+        finding[: at + 2] = [nodes.Text(sentence[:1].upper() + sentence[1:])]
+    return verdict
+
+
+def cell(*parts, **options):
+    """A cell of a table with one paragraph of these nodes."""
+    return nodes.entry("", nodes.paragraph("", "", *parts, **options))
+
+
 def row_of(item, number, part):
     """A table row for one item of the list: the claim, its verdict, where, by what."""
-    content = list(item[0].children)
-    tail = []
-    while content and is_tail(content[-1]):
-        tail.insert(0, content.pop())
-    strong = next(
-        n
-        for n in content
-        if isinstance(n, nodes.strong) and n.astext().rstrip(".") in ledger.VERDICTS
-    )
-    verdict = strong.astext().rstrip(".")
-    at = content.index(strong)
-    after = content[at + 1] if at + 1 < len(content) else nodes.Text("")
-    opens = at == 1 or (at == 2 and not content[1].astext().strip())
-    rest = after.astext() if isinstance(after, nodes.Text) else ""
-    if opens and (strong.astext().endswith(".") or rest[:1] in {".", ":", ","}):
-        # The badge says it; what follows becomes the sentence.
-        rest = rest.lstrip(".:, ")
-        content[at : at + 2] = [nodes.Text(rest[:1].upper() + rest[1:])]
-    claim, finding = content[:1], content[1:]
-    if finding and isinstance(finding[0], nodes.Text):
-        finding[0] = nodes.Text(finding[0].lstrip())
+    claim, *finding = item[0].children
+    places, checks = [], []
+    while is_tail(finding[-1]):
+        node = finding.pop()
+        if isinstance(node, nodes.literal):
+            checks.insert(0, nodes.list_item("", nodes.paragraph("", "", node)))
+        elif not isinstance(node, nodes.Text):
+            places[:0] = [node, raw("<br>")]
+    verdict = take_verdict(finding)
 
-    said = nodes.entry("", nodes.paragraph("", "", *claim, classes=["claim"]))
+    said = cell(claim, classes=["claim"])
     said += nodes.paragraph("", "", *finding)
-    checks = [n for n in tail if isinstance(n, nodes.literal)]
     if checks:
         said += raw("<details><summary>What asserts it</summary>")
-        said += nodes.bullet_list(
-            "", *(nodes.list_item("", nodes.paragraph("", "", c)) for c in checks)
-        )
-        said += raw("</details>")
-    badge = nodes.strong("", verdict, classes=["verdict", ledger.key(verdict)])
-    places = nodes.paragraph()
-    for place in (n for n in tail if not isinstance(n, (nodes.literal, nodes.Text))):
-        places += [place, raw("<br>")]
+        said += [nodes.bullet_list("", *checks), raw("</details>")]
     anchor = nodes.reference("", str(number), refuri=f"#claim-{number}", internal=True)
-    return nodes.row(
-        "",
-        nodes.entry("", nodes.paragraph("", "", anchor)),
-        said,
-        nodes.entry("", nodes.paragraph("", "", badge)),
-        nodes.entry("", places),
-        ids=[f"claim-{number}"],
-        classes=[ledger.key(verdict), f"part-{part}"],
-    )
+    badge = nodes.strong("", verdict, classes=["verdict", ledger.key(verdict)])
+    cells = [cell(anchor), said, cell(badge), cell(*places)]
+    classes = [ledger.key(verdict), f"part-{part}"]
+    return nodes.row("", *cells, ids=[f"claim-{number}"], classes=classes)
 
 
 def table_of(items, part):
-    head = nodes.row()
-    for title in ("No.", "Claim, and what came out", "Verdict", "Shown in"):
-        head += nodes.entry("", nodes.paragraph("", title))
-    group = nodes.tgroup("", cols=4)
-    for width in (6, 58, 16, 20):
-        group += nodes.colspec("", colwidth=width)
-    body = nodes.tbody("", *(row_of(item, n, part) for n, item in items))
-    group += [nodes.thead("", head), body]
+    """The table of a part, from the (number, item) of each of its claims."""
+    titles = {"No.": 6, "Claim, and what came out": 58, "Verdict": 16, "Shown in": 20}
+    group = nodes.tgroup("", cols=len(titles))
+    group += [nodes.colspec("", colwidth=width) for width in titles.values()]
+    group += nodes.thead("", nodes.row("", *(cell(nodes.Text(t)) for t in titles)))
+    group += nodes.tbody("", *(row_of(item, n, part) for n, item in items))
     return nodes.table("", group, classes=["claims", "colwidths-given"])
 
 
-def filters(found):
+def filters():
     """Links that show the claims of one verdict or one part; front.js follows them."""
 
     def links(name, choices):
@@ -268,18 +254,14 @@ def filters(found):
         )
         return f'<ul aria-label="{name.title()}">{items}</ul>'
 
-    counts = ledger.tally(found)
-    by_verdict = [("all", "All", len(found))]
-    by_verdict += [(ledger.key(v), v, n) for v, n in counts.items()]
-    parts = sorted({row.part for row in found})
-    by_part = [("all", "All parts", len(found))]
-    by_part += [
-        (p, ledger.heading(p), sum(row.part == p for row in found)) for p in parts
-    ]
+    total = len(ledger.claims())
+    verdicts = [(ledger.key(v), v, n) for v, n in ledger.tally().items()]
+    parts = Counter(claim.part for claim in ledger.claims())
+    parts = [(part, ledger.heading(part), n) for part, n in sorted(parts.items())]
     return (
         '<nav class="filters" aria-label="Filter the claims" hidden>'
-        + links("verdict", by_verdict)
-        + links("part", by_part)
+        + links("verdict", [("all", "All", total), *verdicts])
+        + links("part", [("all", "All parts", total), *parts])
         + '<p role="status"></p></nav>'
     )
 
@@ -288,23 +270,18 @@ def claims_table(app, doctree):
     """Turn the page's lists of claims into tables; the source stays a plain list."""
     if app.env.docname != CLAIMS:
         return
-    found, first = ledger.rows(), None
-    part = {row.number: row.part for row in found}
-    for badge in list(doctree.findall(nodes.strong)):
+    part = {claim.number: claim.part for claim in ledger.claims()}
+    for badge in doctree.findall(nodes.strong):
         # where the page says what they are; a row gets its own
-        if (
-            badge.astext() in ledger.VERDICTS
-            and badge.parent.parent.tagname == "section"
-        ):
+        explains = badge.parent.parent.tagname == "section"
+        if explains and badge.astext() in ledger.VERDICTS:
             badge["classes"] += ["verdict", ledger.key(badge.astext())]
-    for items in list(doctree.findall(nodes.enumerated_list)):
+    lists = list(doctree.findall(nodes.enumerated_list))
+    page, first = lists[0].parent.parent, lists[0].parent
+    page.insert(page.index(first), raw(filters()))
+    for items in lists:
         number = items.get("start", 1)
-        numbered = list(enumerate(items.children, number))
-        if first is None:
-            section = items.parent
-            first = section.parent.index(section)
-            section.parent.insert(first, raw(filters(found)))
-        items.replace_self(table_of(numbered, part[number]))
+        items.replace_self(table_of(enumerate(items.children, number), part[number]))
 
 
 # What a page weighs -------------------------------------------------------------------
@@ -383,9 +360,11 @@ def icons(static, used):
 
 
 def lighten(app, exception):
-    if exception or app.builder.format != "html":
+    if exception or app.builder.name != "html":
         return
     out, used = Path(app.outdir), set()
+    if paper(""):
+        shutil.copy(PDF, out)
     static = out / "_static"
     for file in out.rglob("*.html"):
         if "_static" not in file.parts:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bs4 import BeautifulSoup
 from docutils import nodes
+from sphinx.addnodes import start_of_file
 from sphinx.util.nodes import make_refnode
 
 # Prose in which a term may become a link.
@@ -20,8 +21,13 @@ TEXT = (nodes.paragraph, nodes.strong, nodes.emphasis)
 
 def link_terms(app, doctree, docname):
     """Chapters are plain Markdown, so that no role can mark a term in them."""
-    if not str(app.env.doc2path(docname)).endswith(".ipynb"):
-        return
+    parts = {part["docname"]: part for part in doctree.findall(start_of_file)}
+    for name, part in (parts or {docname: doctree}).items():
+        if str(app.env.doc2path(name)).endswith(".ipynb"):
+            link_terms_of(app, part, name)
+
+
+def link_terms_of(app, doctree, docname):
     objects = app.env.get_domain("std").objects
     terms = {name: at for (kind, name), at in objects.items() if kind == "term"}
     for text in list(doctree.findall(nodes.Text)):
@@ -66,7 +72,7 @@ def text_of(*tags):
 
 def write_texts(app, exception):
     """The texts by address: relative to the site's root, or a paper's own address."""
-    if exception or app.builder.format != "html":
+    if exception or app.builder.name != "html":
         return
     texts = {}
     for docname in app.env.found_docs:

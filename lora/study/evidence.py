@@ -7,7 +7,7 @@ taken as independent draws. Chapter 3 of the book builds this file.
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from scipy import stats
 
 
@@ -28,29 +28,19 @@ class Verdict:
 def interval(values, level=0.95):
     """Mean of n values (n,), n >= 2, and the ends of its confidence interval: 3 floats.
 
-    Raises ValueError unless `values` is one-dimensional and finite, with n >= 2, and
-    `level` lies strictly between 0 and 1.
+    Where there is no interval, as for one value or with a NaN, its ends are NaN.
     """
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
-        raise ValueError(f"values must be (n,), finite, with n >= 2, got {values}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie strictly between 0 and 1, got {level!r}")
-    mean = values.mean().item()
-    half = values.std().item() / len(values) ** 0.5
-    half *= stats.t.ppf((1 + level) / 2, len(values) - 1).item()
-    return mean, mean - half, mean + half
+    values = np.asarray(values, dtype=float)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(level)
+    return float(values.mean()), float(low), float(high)
 
 
-def smallest_margin(differences, alpha=0.05):
-    """The smallest margin m for which two one-sided tests at `alpha` say |mean| < m.
+def smallest_margin(differences):
+    """The smallest margin m for which two one-sided tests at 5% say |mean| < m.
 
-    `differences` are paired, (n,). It is the end farther from zero of their (1 - 2
-    alpha) interval (Schuirmann 1987, doi:10.1007/BF01068419): equivalence within any
-    larger margin is accepted, within any smaller one it is not. Raises ValueError
-    unless 0 < alpha < 0.5, and whatever `interval` raises.
+    `differences` are paired, (n,). It is the end farther from zero of their 90%
+    interval (Schuirmann 1987, doi:10.1007/BF01068419): equivalence within any larger
+    margin is accepted, within any smaller one it is not.
     """
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha must lie strictly between 0 and 0.5, got {alpha!r}")
-    _, low, high = interval(differences, 1 - 2 * alpha)
+    _, low, high = interval(differences, 0.9)
     return max(-low, high)

@@ -1,7 +1,7 @@
-"""Runs on the real model: one function that makes a run, and the file of those made.
+"""Runs on the real model: how each is made, which there are, the file of those made.
 
-A grid of runs takes longer than a chapter may. `make experiments` makes them all with
-`run` and writes one row each into `lora/study/data/runs.jsonl`; `rows` reads them,
+A grid of runs takes longer than a chapter may. `make experiments` makes all `studies`
+and writes a row for each run into `lora/study/data/runs.jsonl`; `recorded` reads them,
 and a chapter makes some of them again. Chapter 4 of the book builds this file.
 """
 
@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from lora import bases, core, formats
+from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
+from lora.study.docstrings import LIBRARIES, docstring_pairs, split
 
 DATA = Path(__file__).parent / "data" / "runs.jsonl"
-STAMP = DATA.with_suffix(".json")  # its SHA-256 and the commits that made it
 # What a row depends on: the model's libraries, and those whose docstrings are read.
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
 PACKAGES += ("sympy", "networkx")
-TRAINED = search.LIBRARIES[:5]  # sympy and networkx are left out of training
+TRAINED = LIBRARIES[:5]  # sympy and networkx are left out of training
 ALL = r"encoder\.layer\.\d\..*"
 DEFAULTS = {
     "method": "lora",  # or "full", or "none"
@@ -39,6 +40,7 @@ DEFAULTS = {
     "start": 0,  # adapters of one seed that start from other A's
     "seed": 0,
 }
+KS = (1, 2, 4, 8, 16, 32, 64, 384)  # directions of a change that a row tells about
 
 
 def prepare(model, settings):
@@ -59,7 +61,11 @@ def prepare(model, settings):
         rank = settings["rank"]
         alpha = settings["scale"] * rank
         core.inject_lora(model, rank=rank, alpha=alpha, targets=settings["targets"])
-    return model
+
+
+def layers(model):
+    """Qualified name -> the linear layers of the six blocks, 36 of them."""
+    return {n: m for n, m in bases.find(model, nn.Linear).items() if "encoder" in n}
 
 
 def data(seed, libraries=TRAINED, shuffled=False):
@@ -69,12 +75,7 @@ def data(seed, libraries=TRAINED, shuffled=False):
     50 and 150 pairs, of all seven. `seed` draws the pairs to report; those to choose by
     stay. `shuffled` gives each name the sentence of another: nothing can be learned.
     """
-    parts = {
-        library: search.split(search.docstring_pairs(library), seed)
-        for library in search.LIBRARIES
-    }
-    if strange := [library for library in libraries if library not in parts]:
-        raise ValueError(f"libraries must be of {search.LIBRARIES}, got {strange}")
+    parts = {library: split(docstring_pairs(library), seed) for library in LIBRARIES}
     train = [pair for library in libraries for pair in parts[library][0]]
     if shuffled:
         names, sentences = zip(*train)
@@ -85,30 +86,27 @@ def data(seed, libraries=TRAINED, shuffled=False):
 
 def ranks(model, tokenizer, tests):
     """Library -> the rank of each name's sentence among those of its library, ints."""
-    found = {}
-    for library, pairs in tests.items():
-        score = search.search_score(model, tokenizer, pairs)
-        found[library] = (1 / score).round().int().tolist()
-    return found
+    scores = {
+        library: search.search_score(model, tokenizer, pairs)
+        for library, pairs in tests.items()
+    }
+    return {library: (1 / s).round().int().tolist() for library, s in scores.items()}
 
 
-def run(**settings):
+def make_run(**settings):
     """Make one run; return its tokenizer, its model and its row, a dictionary.
 
     Settings that are not named are `DEFAULTS`. The row holds them, the rank of each
     query that is reported ("ranks") and of each query to choose by ("chosen"), the loss
     of each step, and the time of a step in forward passes of the base ("step_time").
-    Raises ValueError for a setting or a method that there is none of.
+    Raises ValueError for a setting that there is none of.
     """
     if strange := settings.keys() - DEFAULTS.keys():
         raise ValueError(f"settings are {[*DEFAULTS]}, got {sorted(strange)}")
     settings = DEFAULTS | settings
-    if settings["method"] not in ("lora", "full", "none"):
-        method = settings["method"]
-        raise ValueError(f"method must be 'lora', 'full' or 'none', got {method!r}")
+    seed = settings["seed"]
     tokenizer, model = search.load_minilm()
-    pairs = settings["seed"], settings["libraries"], settings["shuffled"]
-    train, choose, report = data(*pairs)
+    train, choose, report = data(seed, settings["libraries"], settings["shuffled"])
     probe = [name for name, _ in train[:32]] + [s for _, s in train[:32]]
     clock = []
     for _ in range(4):
@@ -118,19 +116,14 @@ def run(**settings):
     prepare(model, settings)
     losses, start = [], time.process_time()
     if settings["method"] != "none":
+        steps, lr, decay = (settings[name] for name in ("steps", "lr", "decay"))
         losses = search.fine_tune(
-            model,
-            tokenizer,
-            train,
-            settings["steps"],
-            settings["lr"],
-            seed=settings["seed"],
-            weight_decay=settings["decay"],
+            model, tokenizer, train, steps, lr, seed=seed, weight_decay=decay
         )
     seconds = (time.process_time() - start) / max(1, len(losses))
     row = settings | {"versions": versions()}
     row["step_time"] = round(seconds / min(clock), 2)
-    row["losses"] = [round(x, 3) for x in losses]
+    row["losses"] = [round(loss, 3) for loss in losses]
     row["chosen"] = ranks(model, tokenizer, choose)
     row["ranks"] = ranks(model, tokenizer, report)
     return tokenizer, model, row
@@ -138,8 +131,7 @@ def run(**settings):
 
 def versions():
     """The versions of `PACKAGES` as a row holds them: "torch=2.13.0 ..."."""
-    found = ((name, importlib.metadata.version(name)) for name in PACKAGES)
-    return " ".join(f"{name}={version}" for name, version in found)
+    return " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES)
 
 
 def other_versions(row):
@@ -148,41 +140,204 @@ def other_versions(row):
     The build of a version ("+cpu") is left aside.
     """
     here = {entry.partition("+")[0] for entry in versions().split()}
-    return " ".join(
-        entry
-        for entry in row["versions"].split()
-        if entry.partition("+")[0] not in here
-    )
+    then = row["versions"].split()
+    return " ".join(entry for entry in then if entry.partition("+")[0] not in here)
 
 
 def points(row):
     """100 times the mean reciprocal rank over all queries that a row reports."""
-    found = [1 / rank for ranks in row["ranks"].values() for rank in ranks]
-    return 100 * sum(found) / len(found)
+    scores = [1 / rank for ranks in row["ranks"].values() for rank in ranks]
+    return 100 * sum(scores) / len(scores)
 
 
-def layers(model):
-    """Qualified name -> the linear layers of the six blocks, 36 of them."""
-    return {n: m for n, m in bases.find(model, nn.Linear).items() if "encoder" in n}
+def recorded(study):
+    """The recorded rows of one study, a DataFrame, as they were made.
 
-
-def rows(study):
-    """The recorded runs of one study, a DataFrame with a row a run, as they were made.
-
-    Settings that are younger than a row have their default. Raises FileNotFoundError if
-    there is no file or nothing in it, ValueError if a line is cut or there is no such
-    study.
+    Settings that are younger than a row have their default. Raises ValueError if there
+    is no such study.
     """
-    if not DATA.is_file() or not DATA.stat().st_size:
-        raise FileNotFoundError(f"{DATA} holds no runs: `make experiments` makes them")
-    found = []
-    for i, line in enumerate(DATA.read_text().splitlines(), 1):
-        try:
-            found.append(DEFAULTS | json.loads(line))
-        except ValueError:
-            message = f"line {i} of {DATA} is no JSON, cut? `make experiments` mends it"
-            raise ValueError(message) from None
-    table = pd.DataFrame(found)
+    lines = DATA.read_text().splitlines()
+    table = pd.DataFrame([DEFAULTS | json.loads(line) for line in lines])
     if study not in set(table["study"]):
         raise ValueError(f"study must be one of {[*table['study'].unique()]}")
     return table[table["study"] == study].reset_index(drop=True)
+
+
+def planned(settings):
+    """The settings of each row that `make_rows` gives, in its order.
+
+    Beside those of a run, `settings` may hold "cuts", the ranks to which the change of
+    full fine-tuning is cut, or "sums", name -> (how, libraries, weight). With sums
+    there is an adapter for each library, from an A of its own if "start" is negative.
+    """
+    settings = DEFAULTS | settings
+    cuts, sums = settings.pop("cuts", ()), settings.pop("sums", {})
+    if not sums:
+        return [settings, *(settings | {"cut": k} for k in cuts)]
+    own = settings["start"] < 0
+    adapters = [
+        {"libraries": [library], "start": i if own else settings["start"]}
+        for i, library in enumerate(LIBRARIES, 1)
+    ]
+    together = [
+        {"libraries": list(of), "composed": name} for name, (_, of, _) in sums.items()
+    ]
+    return [settings | change for change in adapters + together]
+
+
+def make_rows(settings):
+    """The rows that are `planned`: of runs, of cuts of a change, of sums of adapters.
+
+    A row of full fine-tuning also holds the `spectrum` of its change.
+    """
+    rows, change, factors = [], {}, {}
+    for row in planned(settings):
+        if row.keys() == DEFAULTS.keys():
+            _, model, row = make_run(**row)
+            factors[row["libraries"][0]] = factors_of(model)
+            if row["method"] == "full":
+                change = change_of(model)
+                row |= spectrum(change)
+        else:
+            if "cut" in row:
+                update = {name: truncate(C, row["cut"]) for name, C in change.items()}
+            else:
+                how, libraries, weight = settings["sums"][row["composed"]]
+                adapters = [factors[library] for library in libraries]
+                update = joined(adapters, how, weight)
+            tokenizer, model = base_with(update)
+            row["ranks"] = ranks(model, tokenizer, data(row["seed"])[2])
+        rows.append(row)
+    return rows
+
+
+def change_of(model):
+    """Name -> how far training moved the weight of a layer of the blocks."""
+    base = layers(search.load_minilm()[1])
+    return {
+        name: (layer.weight - base[name].weight).detach()
+        for name, layer in layers(model).items()
+    }
+
+
+def spectrum(change):
+    """Of each layer's change: the energy in its first `KS` directions, the rank of 90%.
+
+    What the rows of full fine-tuning hold beside their ranks.
+    """
+    kept = {name: energy(C) for name, C in change.items()}
+    return {
+        "energy": {n: [round(e[k - 1].item(), 4) for k in KS] for n, e in kept.items()},
+        "rank_90": {name: rank_for_energy(C).item() for name, C in change.items()},
+    }
+
+
+def factors_of(model):
+    """Name -> (B with the scale, A) of each adapter."""
+    wrappers = bases.find(model, core.LoRALinear)
+    return {n: (w.scale * w.B.detach(), w.A.detach()) for n, w in wrappers.items()}
+
+
+def base_with(update):
+    """The base's tokenizer, and the base with an update of its layers added.
+
+    `update` is name -> (d_out, d_in).
+    """
+    tokenizer, model = search.load_minilm()
+    for name, layer in layers(model).items():
+        layer.weight.data += update[name]
+    return tokenizer, model
+
+
+def joined(adapters, how, weight):
+    """Name -> the update of several adapters together; each is name -> (B, A).
+
+    "sum" adds the updates B A; "rank 8" cuts that to its eight largest directions;
+    "average" multiplies the mean B by the mean A; "linear" is PEFT's, the roots of the
+    weights on both factors.
+    """
+    update = {}
+    for name in adapters[0]:
+        Bs, As = zip(*(adapter[name] for adapter in adapters))
+        if how in ("average", "linear"):
+            on_each = weight if how == "average" else weight**0.5
+            update[name] = (on_each * sum(Bs)) @ (on_each * sum(As))
+        else:
+            update[name] = weight * sum(B @ A for B, A in zip(Bs, As))
+            if how == "rank 8":
+                update[name] = truncate(update[name], 8)
+    return update
+
+
+def over(seeds, *runs):
+    """Each of the runs with each of the seeds."""
+    return [run | {"seed": seed} for seed in seeds for run in runs]
+
+
+def studies():
+    """Study -> the settings of its runs, as `make_rows` takes them.
+
+    Seeds 0 and 6 serve to choose, by the pairs set aside for that; others report.
+    """
+    three, five = (1, 2, 3), (1, 2, 3, 4, 5)
+    full, lora = {"method": "full", "lr": 2e-4}, {"method": "lora", "lr": 2e-3}
+    rates = {"full": (5e-5, 1e-4, 2e-4, 4e-4), "lora": (5e-4, 1e-3, 2e-3, 4e-3)}
+    grid = [{"method": m, "lr": lr} for m in rates for lr in rates[m]]
+
+    seven = {
+        f"{how}, {weight:.2f}": (how, LIBRARIES, weight)
+        for how in ("sum", "rank 8", "linear")
+        for weight in (1 / 7, 0.35, 1.0)
+    }
+    seven["average"] = ("average", LIBRARIES, 1 / 7)
+    pairs = {
+        f"{a} + {b}": ("sum", (a, b), 1.0)
+        for i, a in enumerate(LIBRARIES)
+        for b in LIBRARIES[i + 1 :]
+    }
+    own = lora | {"steps": 32, "start": -1, "sums": seven | pairs}
+    uncut = {name: of for name, of in seven.items() if of[0] != "rank 8"}
+    shared = own | {"start": 0, "sums": uncut}
+    one_for_all = lora | {"libraries": list(LIBRARIES)}
+
+    changes = [
+        full | {"cuts": (8, 384)} | setting
+        for setting in (
+            {"lr": full["lr"] / 2},
+            {"lr": full["lr"] * 2},
+            {"steps": 96},
+            {"shuffled": True, "cuts": ()},
+        )
+    ]
+    # Divided by r, by its root, or not at all: each rule is scale 1 at rank 8.
+    alpha = [
+        {"method": "lora", "rank": r, "scale": round(scale, 4), "lr": lr}
+        for r in (1, 64)
+        for scale in (8 / r, (8 / r) ** 0.5, 1.0)
+        for lr in rates["lora"]
+    ]
+    forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
+    forms += [(k, 32) for k in ("NF4", "affine int4", "int4")]
+    bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
+    bases += [lora | {"base": k} for k in ("NF4", "NF2", "int3", "NF3", "int4", "int8")]
+    bases += [lora | {"base": k, "steps": 96} for k in ("NF4", "NF2")]
+    attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
+    mlp = r".*\.\d\.(intermediate|output)\.dense"
+    placed = [(attention, 18), (mlp, 14), (last, 24)]
+    return {
+        "rates": over((0, 6), *grid),
+        "main": over(five, {"method": "none"}, lora, full | {"cuts": KS}),
+        "libraries": [
+            *over(three, own, *(one_for_all | {"steps": n} for n in (32, 224))),
+            *over((1, 2), own | {"steps": 16}, shared),
+        ],
+        "change": over(five, *changes),
+        "decay": over(
+            five, *(full | {"cuts": (8, 384), "decay": d} for d in (0.0, 1.0))
+        ),
+        "ranks": over(five, *(lora | {"rank": r} for r in (1, 2, 4, 16, 64))),
+        "longer": over(five, lora | {"steps": 96}),
+        "alpha": over((0, 6), *alpha),
+        "bases": over(three, {"method": "none"}, *bases),
+        "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
+    }

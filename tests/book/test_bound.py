@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from tools.kit.bound import (
+    KEY,
     computed,
     expression,
     faults,
@@ -18,10 +19,10 @@ from tools.kit.bound import (
     texts,
     write,
 )
-from tools.kit.register import BOOK, COLAB, REPOSITORY, chapters
+from tools.kit.register import BOOK, COLAB, REPOSITORY, notebooks
 from tools.kit.tolerance import differs
 
-NOTEBOOKS = {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
+NOTEBOOKS = notebooks()
 KNOWN = known_values(NOTEBOOKS)
 
 
@@ -35,6 +36,35 @@ def test_numbers_of_chapters(name):
 def test_numbers_of_pages(path):
     found = list(faults_of_text(outside()[path], KNOWN))
     assert not found, f"{path.name}:\n" + "\n".join(found)
+
+
+def texts_and_values():
+    """All that a reader reads, pages, prose, captions, alts, with the values there."""
+    for path, text in outside().items():
+        if path.name != "references.md":  # the source of quotations
+            yield text, KNOWN
+    for cell in (cell for notebook in NOTEBOOKS.values() for cell in notebook.cells):
+        for text in texts(cell).values():
+            yield text, KNOWN | cell.metadata.get("bound", {})
+
+
+def changed(token):
+    """Another token of the same form: the next digit, or the opposite word."""
+    opposite = {"lower": "higher", "higher": "lower", "three": "five"}
+    if not re.search(r"\d", token):
+        return opposite.get(token, token + "s")
+    return re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 3) % 10), token)
+
+
+def test_every_bound_number_and_word_is_noticed_when_it_changes():
+    """16 bytes to 19, 0.12 points to 0.15, three runs to five, lower to higher."""
+    planted = 0
+    for text, values in texts_and_values():
+        for match in re.finditer(r"([+−]?\w(?:[\w.,-]*\w)?%?)" + KEY, text):
+            new = text[: match.start(1)] + changed(match[1]) + text[match.end(1) :]
+            assert "is said" in "".join(faults_of_text(new, values)), match.group()
+            planted += 1
+    assert planted > 100
 
 
 def test_each_figure_of_the_literature_is_used_once_defined_and_in_the_bibliography():
@@ -164,3 +194,11 @@ def check_links(text):
 @pytest.mark.parametrize("path", outside(), ids=lambda path: path.name)
 def test_links_to_the_repository(path):
     assert not list(check_links(outside()[path]))
+
+
+@pytest.mark.parametrize("link", [REPOSITORY, COLAB])
+def test_a_link_to_another_repository(link):
+    assert not list(check_links(f"[here]({link})"))
+    owner = link.split("/")[-2]
+    (fault,) = check_links(f"[here]({link.replace(owner, 'someone')})")
+    assert "someone" in fault

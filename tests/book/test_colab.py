@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 
-from tools.kit.register import REPOSITORY, ROOT, chapters
+from tools.kit.register import REPOSITORY, ROOT, chapters, notebooks
 
 COLAB = ["torch", "numpy", "pandas", "matplotlib", "scikit-learn", "ipykernel", "pip"]
 COLAB += ["transformers", "peft", "sympy", "networkx"]
@@ -73,20 +73,17 @@ def redirect(url, folder):
     }
 
 
-def shortened(notebook):
-    """The notebook without what comes from its first training on."""
-    for i, cell in enumerate(notebook.cells):
-        if "first-training" in cell.metadata.get("tags", []):
-            notebook.cells = notebook.cells[:i]
-            break
-    return notebook
+def tagged(notebook):
+    """The indices of the cells tagged `first-training`."""
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    return [i for i, names in enumerate(tags) if "first-training" in names]
 
 
 def execute(path, python, folder, environ):
     """Run a chapter in the empty `folder` with the kernel of `python`; return it."""
     notebook = nbformat.read(path, as_version=4)
-    if not os.environ.get("WHOLE"):
-        shortened(notebook)
+    if tagged(notebook) and not os.environ.get("WHOLE"):
+        del notebook.cells[tagged(notebook)[0] :]
     notebook.cells.append(nbformat.v4.new_code_cell(WHENCE))
     kernel = AsyncKernelManager(kernel_name="python3")
     kernel.kernel_spec.argv[0] = str(python)
@@ -165,51 +162,32 @@ def trains(notebook):
             source = re.sub(r"(?m)^\s*[%!].*", "", cell.source)
             run = [s for s in ast.parse(source).body if not isinstance(s, DEFINITIONS)]
             text = "\n".join(map(ast.unparse, run))
-            if re.search(r"\b(fine_tune|recorded\.run|(?<!\.)run)\(", text):
+            if re.search(r"\b(fine_tune|make_run)\(", text):
                 return i
     return None
 
 
-def tagged(notebook):
-    """The indices of the cells tagged `first-training`."""
-    return [
-        i
-        for i, cell in enumerate(notebook.cells)
-        if "first-training" in cell.metadata.get("tags", [])
-    ]
-
-
-@pytest.mark.parametrize(
-    "path", [c.path for c in chapters()], ids=lambda path: path.stem
-)
-def test_a_chapter_is_cut_at_its_first_training_and_no_sooner(path):
-    """A chapter without the real model is not cut; the tag stands on a code cell."""
-    notebook = nbformat.read(path, as_version=4)
+@pytest.mark.parametrize("name", notebooks())
+def test_a_chapter_is_cut_at_its_first_training_and_no_sooner(name):
+    """A chapter without the real model is not cut."""
+    notebook = notebooks()[name]
     first, cells = trains(notebook), tagged(notebook)
-    assert len(cells) <= 1, "one cell is the first"
-    if first is None:
-        assert not cells, "nothing here trains the real model: run it whole"
-    else:
-        assert cells and cells[0] <= first, f"tag cell {first} first-training"
-        kept = [c for c in shortened(notebook).cells if c.cell_type == "code"]
-        assert len(kept) >= 5, "what is left shows nothing"
-
-
-def test_what_is_cut():
-    code = nbformat.v4.new_code_cell
-    cells = [code("a"), code("b", metadata={"tags": ["first-training"]}), code("c")]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    assert [cell.source for cell in shortened(notebook).cells] == ["a"]
-    assert [cell.source for cell in shortened(notebook).cells] == ["a"], "no tag"
-    calls = [code("def f(x):\n    fine_tune(x)"), code("loss = search.fine_tune(m)")]
-    assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
-    calls = [code("%pip install x"), code("for m in ms:\n    runs.run(m)")]
-    assert trains(nbformat.v4.new_notebook(cells=calls)) == 1
+    assert len(cells) == (first is not None), f"tag cell {first} first-training, alone"
+    for cell in cells:
+        kept = [c for c in notebook.cells[:cell] if c.cell_type == "code"]
+        assert cell <= first and len(kept) >= 5, "what is left shows nothing"
 
 
 @pytest.mark.parametrize(
-    "path", [c.path for c in chapters()], ids=lambda path: path.stem
+    "last", ["loss = search.fine_tune(m)", "for m in ms:\n  runs.make_run(m)"]
 )
+def test_what_trains(last):
+    code = nbformat.v4.new_code_cell
+    cells = [code("%pip install x\ndef f(x):\n    fine_tune(x)"), code(last)]
+    assert trains(nbformat.v4.new_notebook(cells=cells)) == 1
+
+
+@pytest.mark.parametrize("path", [c.path for c in chapters()], ids=lambda p: p.stem)
 def test_runs_alone(path, runs):
     wrong = runs[path].result()
     assert not wrong, f"{path.name}, alone as on Colab:\n" + "\n".join(wrong)

@@ -1,10 +1,8 @@
 """Landing page, claims page, footer, what pages weigh, the book on paper."""
 
 import re
-import threading
+from collections import Counter
 from copy import copy
-from functools import partial
-from http.server import ThreadingHTTPServer
 from importlib.metadata import version
 from urllib.parse import parse_qs, urlsplit
 
@@ -13,47 +11,17 @@ import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
-from conftest import Pages
 from fontTools.ttLib import TTFont
 from pypdfium2 import PdfDocument
 
-from tools import pdf
 from tools.kit import ledger
-from tools.kit.register import ROOT, chapters, colab, pages
+from tools.kit.register import BASE, ROOT, chapters, colab, pages
+from tools.pdf import SINGLE, print_book
 
 PAGES = pages()
 CHAPTERS = [c.path.stem for c in chapters()]
-ROWS = ledger.rows()
-SIZES = [(1280, 800), (390, 800)]
-# A slow phone: slow 4G, and a processor that takes four times as long.
-SLOW = {
-    "offline": False,
-    "latency": 150,
-    "downloadThroughput": 1.6e6 / 8,
-    "uploadThroughput": 0.75e6 / 8,
-}
-PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
-
-each_page = pytest.mark.parametrize("page", PAGES)
-
-
-@pytest.fixture(scope="module")
-def soup(book):
-    """The parsed HTML of a page of `_toc.yml`."""
-    return {
-        page: BeautifulSoup((book / f"{page}.html").read_bytes(), "html.parser")
-        for page in PAGES
-    }
-
-
-@pytest.fixture
-def view(browser):
-    """A new page of a window of 1280 px that asks for less motion."""
-    context = browser.new_context(
-        viewport={"width": 1280, "height": 800}, reduced_motion="reduce"
-    )
-    yield context.new_page()
-    context.close()
+CLAIMS = ledger.claims()
+each_page = pytest.mark.parametrize("path", PAGES)
 
 
 # The landing page -----------------------------------------------------------------
@@ -61,43 +29,37 @@ def view(browser):
 
 def test_the_bar_counts_the_claims_and_opens_them(soup):
     text = (ROOT / "book" / "claims.md").read_text()
-    parts = soup[PAGES[0]].select("ul.verdicts li a")
     shown = {}
-    for part in parts:
+    for part in soup[f"{PAGES[0]}.html"].select("ul.verdicts li a"):
         address = urlsplit(part["href"])
+        assert address.path == "claims.html"
         (key,) = parse_qs(address.query)["verdict"]
         shown[key] = int(part.b.get_text())
-        assert address.path == "claims.html"
-        listed = soup["book/claims"].select(f"table.claims tr.{key}")
+        listed = soup["book/claims.html"].select(f"table.claims tr.{key}")
         assert len(listed) == shown[key]
-    assert shown == {
-        ledger.key(verdict): len(
-            re.findall(rf"^\d+\. \*.*\*\*{verdict}\.?\*\*", text, re.MULTILINE)
-        )
-        for verdict in ledger.VERDICTS
-    }
-    assert sum(shown.values()) == len(ROWS)
+    for verdict in ledger.VERDICTS:
+        there = re.findall(rf"(?m)^\d+\. \*.*\*\*{verdict}\.?\*\*", text)
+        assert shown[ledger.key(verdict)] == len(there)
+    assert sum(shown.values()) == len(CLAIMS)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=["desk", "phone"])
-def test_where_to_start_is_on_the_first_screen(view, site, size):
-    width, height = size
-    view.set_viewport_size({"width": width, "height": height})
-    view.goto(f"{site}{PAGES[0]}.html")
-    for label, target in [
-        ("Start reading", f"{site}book/{CHAPTERS[0]}.html"),
-        ("Run on Colab", colab(chapters()[0])),
-    ]:
-        link = view.get_by_role("link", name=label)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_where_to_start_is_on_the_first_screen(page, site, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(f"{site}{PAGES[0]}.html")
+    first = f"{site}book/{CHAPTERS[0]}.html"
+    targets = {"Start reading": first, "Run on Colab": colab(chapters()[0])}
+    for label, target in targets.items():
+        link = page.get_by_role("link", name=label)
         box = link.bounding_box()
         assert link.evaluate("a => a.href") == target
-        assert box["y"] + box["height"] <= height, f"{label}: below the first screen"
+        assert box["y"] + box["height"] <= 800, f"{label}: below the first screen"
         assert box["x"] + box["width"] <= width and box["height"] >= 24
 
 
-def test_the_dial_turns_the_rank(view, site):
-    view.goto(f"{site}{PAGES[0]}.html")
-    dial = view.locator("#rank-dial")
+def test_the_dial_turns_the_rank(page, site):
+    page.goto(f"{site}{PAGES[0]}.html")
+    dial = page.locator("#rank-dial")
     slider = dial.get_by_role("slider")
     slider.press("Home")
     for rank in (1, 2, 4, 8, 16, 32, 64):
@@ -117,35 +79,31 @@ def test_the_dial_turns_the_rank(view, site):
         slider.press("ArrowRight")
 
 
-def test_the_dial_moves_once_by_itself_and_not_for_all(browser, site):
-    for motion in ("no-preference", "reduce"):
-        page = browser.new_page(reduced_motion=motion)
-        page.goto(f"{site}{PAGES[0]}.html")
-        slider = page.get_by_role("slider")
-        assert slider.input_value() == "3"
-        page.wait_for_timeout(2000)
-        assert (slider.input_value() == "3") == (motion == "reduce"), motion
-        if motion == "no-preference":
-            slider.focus()  # whoever takes it, has it
-            page.wait_for_timeout(500)
-            held = slider.input_value()
-            page.wait_for_timeout(1000)
-            assert slider.input_value() == held
-        page.close()
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_the_dial_moves_once_by_itself_and_not_for_all(new_context, site, motion):
+    page = new_context(reduced_motion=motion).new_page()
+    page.clock.install()
+    page.goto(f"{site}{PAGES[0]}.html")
+    slider = page.get_by_role("slider")
+    assert slider.input_value() == "3"
+    page.clock.run_for(1500)
+    assert (slider.input_value() == "3") == (motion == "reduce")
+    slider.focus()  # whoever takes it, has it
+    held = slider.input_value()
+    page.clock.run_for(1500)
+    assert slider.input_value() == held
 
 
-def test_without_scripts_the_picture_stands_still(browser, site):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
+def test_without_scripts_the_picture_stands_still(new_context, site):
+    page = new_context(java_script_enabled=False).new_page()
     page.goto(f"{site}{PAGES[0]}.html")
     assert page.locator("#rank-dial svg").is_visible()
     assert not page.locator("#rank-dial input").is_visible()
     assert "2,048" in page.locator("#rank-dial figcaption").inner_text()
     page.goto(f"{site}book/claims.html?verdict=holds")
     shown = page.locator("table.claims tbody tr:visible")
-    assert shown.count() == len(ROWS), "without scripts every claim shows"
+    assert shown.count() == len(CLAIMS), "without scripts every claim shows"
     assert not page.locator("nav.filters").is_visible()
-    context.close()
 
 
 # The claims page ------------------------------------------------------------------
@@ -158,79 +116,79 @@ def words(text):
 
 
 def test_each_claim_is_a_row_with_its_verdict_and_no_word_lost(soup):
-    for row in ROWS:
-        found = soup["book/claims"].select_one(f"tr#claim-{row.number}")
+    for claim in CLAIMS:
+        found = soup["book/claims.html"].select_one(f"tr#claim-{claim.number}")
         number, said, verdict, places = found.find_all("td")
-        assert number.get_text(strip=True) == str(row.number)
-        assert verdict.get_text(strip=True) == row.verdict
-        wanted = re.findall(r"\]\(([\w-]+)\.ipynb#([^)]+)\)", row.source)
+        assert number.get_text(strip=True) == str(claim.number)
+        assert verdict.get_text(strip=True) == claim.verdict
+        wanted = re.findall(r"\]\(([\w-]+)\.ipynb#([^)]+)\)", claim.source)
         assert [a["href"] for a in places.find_all("a")] == [
-            f"{page}.html#{anchor}" for page, anchor in wanted
+            f"{path}.html#{anchor}" for path, anchor in wanted
         ]
         checks = [code.get_text() for code in said.select("details code")]
-        assert checks == ledger.checks(row.source)
+        assert checks == ledger.checks(claim.source)
         assert not said.select("details[open]"), "what asserts it is folded"
         text = " ".join(cell.get_text(" ") for cell in (said, verdict, places))
         text = text.replace("What asserts it", "")
-        source = re.sub(r"^\d+\. ", "", row.source)
+        source = re.sub(r"^\d+\. ", "", claim.source)
         lost = set(words(source)) - set(words(text))
-        assert not lost, f"claim {row.number}: {lost}"
+        assert not lost, f"claim {claim.number}: {lost}"
 
 
-def visible(view):
-    rows = view.locator("table.claims tbody tr:visible")
+def visible(page):
+    rows = page.locator("table.claims tbody tr:visible")
     return [int(row.removeprefix("claim-")) for row in rows.evaluate_all(
         "rows => rows.map((row) => row.id)"
     )]  # fmt: skip
 
 
-def test_the_filter(view, site):
+def test_the_filter(page, site):
     address = f"{site}book/claims.html"
-    view.goto(address)
-    assert visible(view) == [row.number for row in ROWS]
+    page.goto(address)
+    assert visible(page) == [claim.number for claim in CLAIMS]
 
-    nav = view.get_by_role("navigation", name="Filter the claims")
+    nav = page.get_by_role("navigation", name="Filter the claims")
     nav.get_by_role("link", name="Does not hold").press("Enter")
-    failed = [row for row in ROWS if row.verdict == "Does not hold"]
-    assert visible(view) == [row.number for row in failed]
+    failed = [claim for claim in CLAIMS if claim.verdict == "Does not hold"]
+    assert visible(page) == [claim.number for claim in failed]
     nav.get_by_role("link", name="Part 2").click()
-    both = [row.number for row in failed if row.part == 2]
-    assert visible(view) == both and 0 < len(both) < len(failed)
+    both = [claim.number for claim in failed if claim.part == 2]
+    assert visible(page) == both and 0 < len(both) < len(failed)
     assert (
-        nav.get_by_role("status").inner_text() == f"{len(both)} of {len(ROWS)} claims"
+        nav.get_by_role("status").inner_text() == f"{len(both)} of {len(CLAIMS)} claims"
     )
     chosen = nav.locator("[aria-current]").evaluate_all("all => all.map(a => a.text)")
     assert [re.sub(r" \d+$", "", text) for text in chosen] == [
         "Does not hold",
         "Part 2",
     ]
-    assert view.get_by_role("heading", name="Part 1").count() == 0, "an empty part"
-    found = Axe().run(view, options={"resultTypes": ["violations"]})
+    assert page.get_by_role("heading", name="Part 1").count() == 0, "an empty part"
+    found = Axe().run(page, options={"resultTypes": ["violations"]})
     assert not found.response["violations"], found.generate_report()
 
-    shared = view.url
-    view.go_back()
-    assert visible(view) == [row.number for row in failed]
-    view.goto(shared)
-    assert visible(view) == both, "the address holds the choice"
-    view.goto(f"{address}?verdict=nonsense")
-    assert len(visible(view)) == len(ROWS)
-    held = next(row.number for row in ROWS if row.verdict == "Holds")
-    view.goto(f"{address}?verdict=does-not-hold#claim-{held}")
-    assert held in visible(view), "a link to a claim shows it"
+    shared = page.url
+    page.go_back()
+    assert visible(page) == [claim.number for claim in failed]
+    page.goto(shared)
+    assert visible(page) == both, "the address holds the choice"
+    page.goto(f"{address}?verdict=nonsense")
+    assert len(visible(page)) == len(CLAIMS)
+    held = next(claim.number for claim in CLAIMS if claim.verdict == "Holds")
+    page.goto(f"{address}?verdict=does-not-hold#claim-{held}")
+    assert held in visible(page), "a link to a claim shows it"
 
 
 # Who and under what terms ---------------------------------------------------------
 
 
 def test_terms_versions_and_the_day(soup):
-    text = soup[PAGES[0]].select_one("dl.terms").get_text(" ")
+    text = soup[f"{PAGES[0]}.html"].select_one("dl.terms").get_text(" ")
     cite = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     for part in ("CC BY 4.0", "MIT", cite["title"], cite["version"], cite["url"]):
         assert part in text, part
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(),
                            re.MULTILINE))  # fmt: skip
-    rows = soup[PAGES[0]].select("table.versions tbody tr")
+    rows = soup[f"{PAGES[0]}.html"].select("table.versions tbody tr")
     said = dict([cell.get_text() for cell in row.find_all("td")] for row in rows)
     assert said.pop("Python")
     assert len(said) > 3
@@ -239,11 +197,11 @@ def test_terms_versions_and_the_day(soup):
     day = max(
         nbformat.read(c.path, as_version=4).metadata.get("ran", "") for c in chapters()
     )
-    for page in PAGES:
-        foot = soup[page].select_one("footer p.terms")
-        assert "Licence: CC BY 4.0, code MIT" in foot.get_text(), page
-        assert f"PyTorch {version('torch')}" in foot.get_text(), page
-        assert re.search(r"last (run|changed) on \d+ \w+ 20\d\d", foot.get_text()), page
+    for path in PAGES:
+        foot = soup[f"{path}.html"].select_one("footer p.terms")
+        assert "Licence: CC BY 4.0, code MIT" in foot.get_text(), path
+        assert f"PyTorch {version('torch')}" in foot.get_text(), path
+        assert re.search(r"last (run|changed) on \d+ \w+ 20\d\d", foot.get_text()), path
         assert not day or int(day[8:]) == int(re.search(r"on (\d+)", foot.text)[1])
 
 
@@ -251,16 +209,18 @@ def test_terms_versions_and_the_day(soup):
 
 
 @each_page
-def test_nothing_blocks_the_first_paint(soup, page):
-    for script in soup[page].select("script[src]"):
+def test_nothing_blocks_the_first_paint(soup, path):
+    for script in soup[f"{path}.html"].select("script[src]"):
         assert script.has_attr("defer") or "documentation_options" in script["src"], (
-            f"{page}: {script['src']} blocks; see `lighter` in book/_ext/front.py"
+            f"{path}: {script['src']} blocks; see `lighter` in book/_ext/front.py"
         )
-    loads = bool(soup[page].select("script[src*=mathjax]"))
-    assert loads == bool(soup[page].select(".math")), f"{page}: MathJax where needed"
-    for image in soup[page].article.select("img:not([src^='data:'])"):
+    loads = bool(soup[f"{path}.html"].select("script[src*=mathjax]"))
+    assert loads == bool(soup[f"{path}.html"].select(".math")), (
+        f"{path}: MathJax where needed"
+    )
+    for image in soup[f"{path}.html"].article.select("img:not([src^='data:'])"):
         sized = image.has_attr("width") or "width" in image.get("style", "")
-        assert image.get("loading") == "lazy" and sized, f"{page}: {image}"
+        assert image.get("loading") == "lazy" and sized, f"{path}: {image}"
 
 
 def test_icons_are_few_and_all_there(book, soup):
@@ -279,55 +239,13 @@ def test_icons_are_few_and_all_there(book, soup):
     assert "fontawesome.js" not in " ".join(map(str, soup.values()))
 
 
-def first_paint(browser, url):
-    context = browser.new_context(viewport={"width": 390, "height": 800})
-    page = context.new_page()
-    session = context.new_cdp_session(page)
-    session.send("Network.enable")
-    session.send("Network.emulateNetworkConditions", SLOW)
-    session.send("Emulation.setCPUThrottlingRate", {"rate": 4})
-    page.goto(url, wait_until="commit")
-    paint = page.wait_for_function(PAINT, timeout=30_000).json_value()
-    context.close()
-    return paint
-
-
-@pytest.fixture(scope="module")
-def bare(browser, tmp_path_factory):
-    """Best first paint yet of a page of three words, in ms; a call tries again."""
-    folder = tmp_path_factory.mktemp("bare")
-    text = "<!DOCTYPE html><link rel=icon href='data:,'><title>Bare</title>Three words."
-    (folder / "bare.html").write_text(text)
-    handler = partial(Pages, directory=str(folder))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/LoRA/bare.html"
-    seen = [first_paint(browser, url) for _ in range(4)]
-    yield lambda: seen.append(first_paint(browser, url)) or min(seen)
-    server.shutdown()
-
-
-@pytest.mark.timed
-@each_page
-def test_first_paint_on_a_slow_phone(browser, site, bare, page):
-    """About a third of a second for the bare page, two seconds for one of the book."""
-    paints, limit = [], 6 * bare()
-    while not paints or (min(paints) > limit and len(paints) < 4):
-        # once more: other work on the machine delays a paint, nothing hastens it
-        paints.append(first_paint(browser, f"{site}{page}.html"))
-        limit = 6 * bare()
-    assert min(paints) <= limit, (
-        f"{page}: first paint after {paints} ms, {limit} is six times a bare page's"
-    )
-
-
 # On paper -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def paper(book, browser):
     """The whole book as `make pdf` prints it."""
-    return pdf.print_book(browser, book)
+    return print_book(browser)
 
 
 @pytest.fixture(scope="module")
@@ -337,9 +255,9 @@ def printed(paper):
     tops = [entry for entry in document.get_toc() if entry.level == 0]
     starts = [entry.get_dest().get_index() for entry in tops]
     assert len(starts) == len(PAGES), [entry.get_title() for entry in tops]
-    texts = [letters(page.get_textpage().get_text_range()) for page in document]
+    texts = [letters(sheet.get_textpage().get_text_range()) for sheet in document]
     ends = [*starts[1:], len(texts)]
-    return {page: texts[a:b] for page, a, b in zip(PAGES, starts, ends, strict=True)}
+    return {path: texts[a:b] for path, a, b in zip(PAGES, starts, ends, strict=True)}
 
 
 def letters(text):
@@ -347,10 +265,10 @@ def letters(text):
 
 
 @each_page
-def test_the_pdf_has_each_page_from_its_first_word_to_its_last(printed, soup, page):
-    if page.removeprefix("book/") in CHAPTERS:
-        assert len(printed[page]) <= 24, f"{page}: {len(printed[page])} pages"
-    article = copy(soup[page].article)
+def test_the_pdf_has_each_page_from_its_first_word_to_its_last(printed, soup, path):
+    if path.removeprefix("book/") in CHAPTERS:
+        assert len(printed[path]) <= 24, f"{path}: {len(printed[path])} pages"
+    article = copy(soup[f"{path}.html"].article)
     unprinted = (
         ".headerlink, .math, .tag_hide-cell:not(.solution), table.claims details"
     )
@@ -359,9 +277,9 @@ def test_the_pdf_has_each_page_from_its_first_word_to_its_last(printed, soup, pa
     blocks = [block.get_text() for block in article.select("p, pre, td")]
     # The reading order of a PDF may differ by a block: the last page, three words.
     last = " ".join([b for b in blocks if letters(b)][-1].split()[-3:])
-    assert letters(last) in printed[page][-1], f"{page}: no {last!r} on its last page"
+    assert letters(last) in printed[path][-1], f"{path}: no {last!r} on its last page"
     title = article.h1.get_text()
-    assert letters(title) in printed[page][0][:100], f"{page}: no title {title}"
+    assert letters(title) in printed[path][0][:100], f"{path}: no title {title}"
 
 
 def test_the_pdf_has_the_solutions_and_nothing_that_is_folded_else(printed):
@@ -388,9 +306,14 @@ def test_the_pdf_links_from_chapter_to_chapter_and_to_the_world(paper):
     assert len(re.findall(rb"/Subtype\s*/Link", paper)) > 100
     addresses = {a.decode() for a in re.findall(rb"/URI \(([^)]*)\)", paper)}
     assert any("arxiv.org" in address for address in addresses)
-    ours = {a.removeprefix(pdf.BASE) for a in addresses if a.startswith(pdf.BASE)}
+    ours = {a.removeprefix(BASE) for a in addresses if a.startswith(BASE)}
     wrong = {a for a in ours if a.startswith("book/")}
     assert not wrong, f"a link into the book must stay in it: {wrong}"
+    # Several chapters have a section `#exercises`: a link must name one of them.
+    article = BeautifulSoup((SINGLE / "whole.html").read_bytes(), "html.parser").article
+    names = Counter(tag["id"] for tag in article.select("[id]"))
+    inside = [a["href"][1:] for a in article.select("a[href^='#']:not(.headerlink)")]
+    assert {names[name] for name in inside} == {1}
 
 
 CLIPPED = """() => [...document.querySelectorAll(
@@ -407,25 +330,27 @@ CLIPPED = """() => [...document.querySelectorAll(
 
 
 @each_page
-def test_no_line_is_clipped_on_paper(view, site, page):
-    view.set_viewport_size(
+def test_no_line_is_clipped_on_paper(page, site, path):
+    page.set_viewport_size(
         {"width": 642, "height": 1000}
     )  # 170 mm: A4 less its margins
-    view.emulate_media(media="print")
-    view.goto(f"{site}{page}.html")
-    view.evaluate("dispatchEvent(new Event('beforeprint'))")
-    view.evaluate("async () => { await window.MathJax?.startup?.promise; }")
-    found = view.evaluate(CLIPPED)
-    assert not found, f"{page}: wider than the paper; see print.css: {found}"
+    page.emulate_media(media="print")
+    page.goto(f"{site}{path}.html")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.evaluate("async () => { await window.MathJax?.startup?.promise; }")
+    found = page.evaluate(CLIPPED)
+    assert not found, f"{path}: wider than the paper; see print.css: {found}"
 
 
-def test_a_chapter_printed_alone_is_the_same(view, site, book):
-    page = f"book/{CHAPTERS[0]}"
-    view.goto(f"{site}{page}.html")
-    view.evaluate("async () => { await window.MathJax?.startup?.promise; }")
-    alone = PdfDocument(view.pdf(prefer_css_page_size=True))
+def test_a_chapter_printed_alone_is_the_same(page, site, book):
+    path = f"book/{CHAPTERS[0]}"
+    page.goto(f"{site}{path}.html")
+    page.evaluate("async () => { await window.MathJax?.startup?.promise; }")
+    alone = PdfDocument(page.pdf(prefer_css_page_size=True))
     assert len(alone) <= 24
     width, height = (round(n * 25.4 / 72) for n in alone[0].get_size())
     assert (width, height) == (210, 297), "A4"
+    title = alone[0].get_textpage().get_text_range()[:100]
+    assert chapters()[0].title in title
     text = alone[len(alone) - 1].get_textpage().get_text_range()
     assert "By the authors" not in text and "Last updated" not in text

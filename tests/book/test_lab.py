@@ -29,45 +29,32 @@ METHODS = {
     "full": {"method": "full", "lr": 0.001},
 }
 
-# In the page: a run that starts from PyTorch's numbers and gets PyTorch's batches.
-RUN = """({settings, numbers, x, labels, adapters, batches, test}) => {
-  const tick = () => {
-    const [from, n] = [performance.now(), 1e8];
-    let sum = 0;
-    for (let i = 0; i < n; i++) sum += 1e-9;
-    return (performance.now() - from + (sum < 0)) / 1000;
-  };
-  const matrix = (rows) =>
-    new Matrix(rows.length, rows[0].length, Float64Array.from(rows.flat()));
+# In the page: a run that starts from PyTorch's numbers, and gets PyTorch's batches.
+START = """
+const matrix = (rows) =>
+  new Matrix(rows.length, rows[0].length, Float64Array.from(rows.flat()));
+const startFrom = ({settings, numbers, adapters}) => {
   const run = new MoonsRun(settings, Float64Array.from(numbers));
-  run.training = {X: matrix(x), labels};
   run.network.layers.filter((layer) => layer.A).forEach((layer, i) => {
     [layer.A.value, layer.B.value] = adapters[i].map(matrix);
   });
-  const before = tick();
-  const from = performance.now();
-  const losses = batches.map((rows) => run.step(rows));
-  const seconds = (performance.now() - from) / 1000;
+  return run;
+};"""
+RUN = """(start) => {
+  const run = startFrom(start);
+  run.training = {X: matrix(start.x), labels: start.labels};
+  const losses = start.batches.map((rows) => run.step(rows));
   const merged = mergeLora(run.network);
-  const accuracy = test && [run.network, merged].map(
-    (network) => network.accuracy({X: matrix(test[0]), labels: test[1]}));
-  return {losses, accuracy, seconds, ticks: [before, tick()]};
+  const test = {X: matrix(start.test[0]), labels: start.test[1]};
+  return [losses, [run.network, merged].map((network) => network.accuracy(test))];
 }"""
-
-GRADIENTS = """({numbers, settings, adapters, x, labels, dial}) => {
-  const matrix = (rows) =>
-    new Matrix(rows.length, rows[0].length, Float64Array.from(rows.flat()));
-  const run = new MoonsRun(settings, Float64Array.from(numbers));
-  run.turn(dial);
-  run.network.layers.filter((layer) => layer.A).forEach((layer, i) => {
-    [layer.A.value, layer.B.value] = adapters[i].map(matrix);
-  });
+GRADIENTS = """(start) => {
+  const run = startFrom(start);
+  run.turn(start.dial);
   for (const parameter of run.network.parameters) parameter.trains = true;
-  run.network.backward(matrix(x), labels);
-  return {
-    gradients: run.network.parameters.map(({gradient}) => [...gradient.data]),
-    updates: run.updates.map(({data}) => [...data]),
-  };
+  run.network.backward(matrix(start.x), start.labels);
+  const gradients = run.network.parameters.map(({gradient}) => gradient);
+  return [...gradients, ...run.updates].map(({data}) => [...data]);
 }"""
 
 
@@ -84,6 +71,7 @@ def engine(browser):
                     assert old in source, f"{name}.js no longer has {old!r}"
                     source = source.replace(old, new, 1)
             page.add_script_tag(content=source)
+        page.add_script_tag(content=START)
         return page
 
     return load
@@ -145,14 +133,11 @@ def in_pytorch(name, steps):
 
 
 def loss_error(page, name, steps=50):
-    """Largest relative difference of the first losses, and the page's whole answer."""
+    """Largest relative difference of the first losses; accuracies there and here."""
     losses, right, start = in_pytorch(name, steps)
-    answer = page.evaluate(RUN, start)
-    theirs, ours = (
-        torch.tensor(v, dtype=torch.float64)[:50] for v in (losses, answer["losses"])
-    )
-    error = ((ours - theirs).abs() / theirs).max().item()
-    return error, answer | {"right": right}
+    ours, accuracies = page.evaluate(RUN, start)
+    ours, theirs = (torch.tensor(v[:50], dtype=torch.float64) for v in (ours, losses))
+    return ((ours - theirs).abs() / theirs).max().item(), accuracies, right
 
 
 @cache
@@ -179,10 +164,8 @@ def autograd():
 def gradient_error(page):
     """Largest error of any gradient or ΔW, relative to its largest entry."""
     wanted, start = autograd()
-    answer = page.evaluate(GRADIENTS, start)
-    found = [*answer["gradients"], *answer["updates"]]
     errors = []
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(page.evaluate(GRADIENTS, start), wanted, strict=True):
         difference = torch.tensor(ours, dtype=torch.float64) - theirs.flatten()
         errors.append(difference.abs().max() / theirs.abs().max())
     return torch.stack(errors).max().item()  # max of a tensor: NaN stays
@@ -192,16 +175,10 @@ def gradient_error(page):
 
 
 @pytest.mark.parametrize("name", ["LoRA", "full"])
-def test_a_whole_run_is_pytorchs_and_takes_15_seconds(engine, name):
-    error, answer = loss_error(engine(), name, steps=960)
-    assert error < 1e-6
-    for accuracy in answer["accuracy"]:  # with adapters, and merged
-        assert abs(accuracy - answer["right"]) <= 0.001
-    assert answer["right"] > 0.97
-    # An ordinary core adds 750 million numbers a second, one after the other; the page
-    # spends up to a sixth of the time on looking at the run.
-    slowness = sum(answer["ticks"]) / 2 / (1e8 / 750e6)
-    assert answer["seconds"] * 6 / 5 <= 15 * max(1, slowness)
+def test_a_whole_run_is_pytorchs(engine, name):
+    error, accuracies, right = loss_error(engine(), name, steps=960)
+    assert error < 1e-6 and right > 0.97
+    assert accuracies == pytest.approx([right, right], abs=0.001)  # and merged
 
 
 @pytest.mark.parametrize("name", ["LoRA, both random", "B alone"])
@@ -266,20 +243,14 @@ def test_singular_values_are_torchs(engine):
 
 
 def test_moons_are_scikit_learns(engine):
-    ours = engine().evaluate(
+    rows = engine().evaluate(
         "() => {const {X, labels} = twoMoons(101, 0, 30, new Random(0, 0));"
-        "return [[...X.data], labels]}"
+        "return labels.map((label, i) => [label, ...X.data.slice(2 * i, 2 * i + 2)])}"
     )
     x, y = two_moons(101, noise=0, degrees=30)
-    rows = torch.cat([y[:, None].double(), x], 1).round(decimals=9) + 0.0
-    ours = torch.cat(
-        [
-            torch.tensor(ours[1])[:, None].double(),
-            torch.tensor(ours[0], dtype=torch.float64).reshape(-1, 2),
-        ],
-        1,
-    ).round(decimals=9)
-    assert sorted(rows.tolist()) == sorted((ours + 0.0).tolist())
+    wanted = torch.cat([y[:, None].double(), x], 1)
+    order = lambda rows: sorted(rows.double().round(decimals=9).add(0.0).tolist())  # noqa: E731
+    assert order(torch.tensor(rows, dtype=torch.float64)) == order(wanted)
 
 
 def test_random_numbers_are_gaussian_and_repeat(engine):
@@ -370,7 +341,7 @@ def test_the_base_is_chapter_3s():
     stored, numbers = stored_numbers(), pretrained_numbers()
     assert stored.shape == (33_666,)
     assert torch.allclose(stored, numbers, rtol=0, atol=1e-6), (
-        "the pretrained network has changed: python tools/lab.py weights"
+        "the pretrained network has changed: python -m tools.lab weights"
     )
 
 
@@ -403,21 +374,18 @@ def test_the_scripts_are_formatted_and_linted():
 
 
 @pytest.fixture
-def visit(browser, book):
+def visit(new_context, book):
     """Opens the page from disk with an address's settings; fails on script errors."""
-    errors, contexts = [], []
+    errors = []
 
     def open_page(query="", **options):
         options = {"viewport": {"width": 1265, "height": 800}} | options
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
+        page = new_context(**options).new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((book / "book" / "lab.html").as_uri() + query)
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
     assert not errors, f"script errors: {errors}"
 
 
@@ -434,6 +402,8 @@ def train(page):
 
 
 QUICK = "?task.points=64&task.epochs=20&a.rank=4"
+FRAME = """() => new Promise(
+  (done) => requestAnimationFrame(() => requestAnimationFrame(done)))"""
 SPOKEN = """() => {
   window.spoken = [];
   const status = document.getElementById('lab-status');
@@ -470,45 +440,43 @@ def test_a_run_from_disk(visit):
     assert page.inner_text("#a-target") == base[0] and page.is_disabled("#a-turn")
 
 
-def test_dials_by_keyboard_and_the_address(visit, site, browser):
-    page = visit("?b.rank=99&task.points=64&a.start=nowhere&b.method=B+alone#lab")
-    ready(page)
-    status = page.inner_text("#lab-status")
+def test_dials_by_keyboard_and_the_address(visit, site, page):
+    lab = visit("?b.rank=99&task.points=64&a.start=nowhere&b.method=B+alone#lab")
+    ready(lab)
+    status = lab.inner_text("#lab-status")
     assert "b.rank = 99 (accepted: 1 to 16)" in status
     assert "a.start = nowhere (accepted: A random, B random, both random" in status
-    assert page.input_value("[name='task.points']") == "64"
-    assert page.input_value("[name='b.rank']") == "2"
-    assert page.is_enabled("[name='b.rank']")
-    page.focus("[name='task.angle']")
-    page.keyboard.press("ArrowRight")
-    assert page.input_value("[name='task.angle']") == "50"
-    page.focus("[name='b.rank']")
-    page.keyboard.press("End")
+    assert lab.input_value("[name='task.points']") == "64"
+    assert lab.input_value("[name='b.rank']") == "2"
+    assert lab.is_enabled("[name='b.rank']")
+    lab.focus("[name='task.angle']")
+    lab.keyboard.press("ArrowRight")
+    assert lab.input_value("[name='task.angle']") == "50"
+    lab.focus("[name='b.rank']")
+    lab.keyboard.press("End")
     # After the #: not all browsers let a page on disk change the rest of its address.
-    fragment = page.url.partition("#")[2]
+    fragment = lab.url.partition("#")[2]
     assert "task.angle=50" in fragment and "b.rank=16" in fragment
-    page.reload()
-    ready(page)
-    assert page.input_value("[name='b.rank']") == "16"
-    assert page.input_value("[name='task.points']") == "64"
-    page.select_option("[name='b.method']", "full")
-    assert page.is_disabled("[name='b.rank']") and page.is_enabled("[name='b.lr']")
-    page.focus("#lab-train")
-    page.keyboard.press("Enter")
-    page.locator("#lab-train:text-is('Stop')").wait_for()
-    page.keyboard.press("Enter")
-    page.locator("#lab-train:text-is('Train both')").wait_for()
+    lab.reload()
+    ready(lab)
+    assert lab.input_value("[name='b.rank']") == "16"
+    assert lab.input_value("[name='task.points']") == "64"
+    lab.select_option("[name='b.method']", "full")
+    assert lab.is_disabled("[name='b.rank']") and lab.is_enabled("[name='b.lr']")
+    lab.focus("#lab-train")
+    lab.keyboard.press("Enter")
+    lab.locator("#lab-train:text-is('Stop')").wait_for()
+    lab.keyboard.press("Enter")
+    lab.locator("#lab-train:text-is('Train both')").wait_for()
 
-    served = browser.new_page()
-    served.goto(f"{site}book/lab.html")
-    ready(served)
-    served.select_option("[name='a.start']", "both zero")
-    assert served.url.endswith("lab.html?a.start=both+zero")
-    served.click("text=rank 2 beside rank 8")
-    ready(served)
-    assert served.input_value("[name='b.rank']") == "8"
-    assert served.input_value("[name='a.start']") == "A random"
-    served.close()
+    page.goto(f"{site}book/lab.html")
+    ready(page)
+    page.select_option("[name='a.start']", "both zero")
+    assert page.url.endswith("lab.html?a.start=both+zero")
+    page.click("text=rank 2 beside rank 8")
+    ready(page)
+    assert page.input_value("[name='b.rank']") == "8"
+    assert page.input_value("[name='a.start']") == "A random"
 
 
 def test_both_zero_learns_nothing(visit):
@@ -519,42 +487,13 @@ def test_both_zero_learns_nothing(visit):
     assert page.inner_text("#b-target") == before != page.inner_text("#a-target")
 
 
-@pytest.mark.timed
-def test_the_page_stays_responsive(visit):
-    """While both runs train, no task of the page's own takes more than 50 ms."""
-    page = visit()
-    ready(page)
-    page.evaluate("""() => {
-      window.longest = 0;
-      for (const method of ['hear', 'draw']) {
-        const own = Panel.prototype[method];
-        Panel.prototype[method] = function (...all) {
-          const frame = window.requestAnimationFrame;
-          window.requestAnimationFrame = (use) => frame(() => timed(use));
-          timed(() => own.apply(this, all));
-          window.requestAnimationFrame = frame;
-        };
-      }
-      const timed = (use) => {
-        const from = performance.now();
-        use();
-        longest = Math.max(longest, performance.now() - from);
-      };
-    }""")
-    page.click("#lab-train")
-    page.wait_for_function("panels.a.report.losses.length > 3", timeout=60_000)
-    page.wait_for_timeout(1500)
-    assert 0 < page.evaluate("longest") < 50
-    page.click("#lab-train")
-
-
 def test_reduced_motion(visit):
     page = visit(QUICK, reduced_motion="reduce")
     ready(page)
-    page.wait_for_timeout(500)
+    page.evaluate(FRAME)
     page.evaluate(SPOKEN)
     train(page)
-    page.wait_for_timeout(100)
+    page.evaluate(FRAME)
     assert 1 <= page.evaluate("drawn") <= 2, "only the ends of the two runs are drawn"
 
 

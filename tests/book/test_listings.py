@@ -42,6 +42,15 @@ def test_sync_refuses_what_is_not_in_the_package(cell):
         sync(notebook(cell), MODULES)
 
 
+@pytest.mark.parametrize(("old", "new"), [(" 1", " 2"), ("    ", "   "), ("@", "#")])
+def test_a_changed_listing(old, new):
+    nb = notebook("@decorated\ndef one():\n    return 1", "class Two:\n    pass")
+    assert not list(drift(nb, MODULES, ["module"]))
+    nb.cells[0].source = nb.cells[0].source.replace(old, new)
+    (message,) = drift(nb, MODULES, ["module"])
+    assert "the listing of one differs" in message
+
+
 def test_a_chapter_may_list_more_than_it_owns_but_what_it_owns_once():
     modules = MODULES | {"guards": {"check": "def check(): pass"}}
     nb = notebook("class Two:\n    pass", "def check(): pass")

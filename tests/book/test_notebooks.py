@@ -2,14 +2,14 @@
 
 import re
 
-import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools.kit.notebooks import faults, has
-from tools.kit.register import ROOT, chapters
+from tools.kit.register import REPOSITORY, ROOT, notebooks
 from tools.run import exports, written
 
-NOTEBOOKS = {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
+NOTEBOOKS = notebooks()
 each = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
@@ -46,6 +46,8 @@ def test_chapters_open_alike():
         assert re.match(r"# [^\d\n]+\n", notebook.cells[0].source)
         first.add(next(c.source for c in notebook.cells if c.cell_type == "code"))
     assert len(first) == 1, "the first cells differ:\n" + "\n\n".join(first)
+    line = f'    !{{pip}} "deconstructing-lora[book] @ git+{REPOSITORY}"\n'
+    assert line in first.pop(), "what Colab installs: the package and its extra"
 
 
 def test_what_is_written_by_machine_is_up_to_date():
@@ -69,3 +71,105 @@ def test_names_of_figures_and_tables_are_unique_in_the_book():
     ]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice
+
+
+# The checks are checked: a notebook without a fault, and one planted in it.
+
+FOLD = {"cellView": "form", "jupyter": {"source_hidden": True, "outputs_hidden": True}}
+
+
+def sample():
+    """Cells of each kind by name, as `make run` leaves them, without a fault."""
+
+    def cell(source, output=None, **metadata):
+        kind = "image/png" if "fig" in source else "text/html"
+        data = {kind: output} if output else {}
+        shown = [new_output("display_data", data)] if output else []
+        return new_code_cell(source, outputs=shown, metadata=metadata)
+
+    def rich(name):
+        alt = "Two lines that fall, one of them faster than the other."
+        figure = {"caption": f"What is shown in {name}, at length.", "name": name}
+        return {"figure": figure, "image": {"alt": alt}}
+
+    cells = {
+        "prose": new_markdown_cell("# Title"),
+        "open": cell("x = 1"),
+        "fig": cell("fig", "AAAA", mystnb=rich("fig-a")),
+        "tab": cell("table", "<table>", mystnb=rich("tab-a")),
+        "timed": cell("assert x", tags=["nbval-ignore-output"], nbval_reason="z" * 20),
+        "fold": cell("# @title Plotting code\ny", tags=["hide-input"], **FOLD),
+        "answer": cell("# @title Solution 1.1\ny", tags=["hide-cell"], **FOLD),
+    }
+    for count, code in enumerate([*cells.values()][1:], 1):
+        code.execution_count = count
+    return cells
+
+
+def source(text):
+    return lambda cell: cell.update(source=text)
+
+
+def output(**stream):
+    return lambda cell: cell.update(outputs=[new_output("stream", **stream)])
+
+
+def alt(text):
+    return lambda cell: cell.metadata.mystnb.image.update(alt=text)
+
+
+def drop(key):
+    return lambda cell: cell.metadata.pop(key)
+
+
+def tag(*tags):
+    return lambda cell: cell.metadata.update(tags=list(tags))
+
+
+def name(text):
+    return lambda cell: cell.metadata.mystnb.figure.update(name=text)
+
+
+def tolerance(cell):
+    cell.metadata.update(tolerance={"absolute": 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "plant", "fault"),
+    [
+        ("prose", source(":::{note}\n:::"), "a MyST role or directive"),
+        ("open", lambda cell: cell.update(execution_count=None), "count None instead"),
+        ("open", output(name="stderr", text="Warning"), "a warning or an error is"),
+        ("open", tag("nbval-skip"), "skips or weakens nbval"),
+        ("open", source("# NBVAL_IGNORE_OUTPUT\nx"), "skips or weakens nbval"),
+        ("timed", drop("nbval_reason"), "without a reason"),
+        ("timed", source("check = x"), "no assert beside it"),
+        ("timed", drop("tags"), "no tag nbval-ignore-output"),
+        ("open", tolerance, "a tolerance without a reason"),
+        ("fig", alt(""), "alt text must tell"),
+        ("fig", alt("figure-1.png " * 5), "alt text must tell"),
+        ("fig", lambda cell: cell.metadata.mystnb.pop("figure"), "no caption"),
+        ("tab", drop("mystnb"), "no caption"),
+        ("tab", name("fig-one"), "must begin with tab-"),
+        ("tab", name("fig-a"), "must begin with tab- and be its own"),
+        ("tab", output(name="stdout", text="row\n" * 4), "4 printed lines"),
+        ("answer", drop("tags"), "has a label, but is not folded"),
+        ("answer", tag("hide-input"), "a solution that is not folded"),
+        ("answer", source("y"), "folded without a label"),
+        ("fold", drop("cellView"), "folded here, open in JupyterLab"),
+        ("open", source("x = 1\n" * 16), "15 at most"),
+        ("fold", source("# @title Checked: 3 assertions\nassert 1"), "holds 1 assert"),
+    ],
+)
+def test_a_planted_fault(kind, plant, fault):
+    cells = sample()
+    assert not list(faults(new_notebook(cells=[*cells.values()])))
+    plant(cells[kind])
+    assert any(fault in f for f in faults(new_notebook(cells=[*cells.values()])))
+
+
+def test_one_figure_in_place_of_another():
+    cells = sample()
+    cells["tab"].update(outputs=cells["fig"].outputs)
+    found = faults(new_notebook(cells=[*cells.values()]))
+    assert any("the same figure or alt text as in cell 2" in f for f in found)

@@ -38,9 +38,9 @@ def chapter(tmp_path, monkeypatch):
     metadata = {"bound": {"a": "+0.50 [+0.20, +0.80]", "b": "−8.50 [−8.80, −8.20]"}}
     path = tmp_path / "07-trial.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
-    found = Chapter(path, "Trial", [], "", "")
-    monkeypatch.setattr(sceptic, "chapters", lambda: [found])
-    return found
+    monkeypatch.setattr(
+        sceptic, "chapters", lambda: [Chapter(path, "Trial", [], "", "")]
+    )
 
 
 def test_a_headline_stands_or_falls(chapter, capsys):

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from transformers import BertConfig, BertModel
 
 from lora import core, freeze_all, inject_lora
 from lora.adapters import (
+    HERE,
+    Context,
     Shared,
     add_adapter,
     combine,
@@ -677,6 +680,17 @@ def layer():
     return draw_all(model)["linear"]
 
 
+@contextmanager
+def routed(layer, names, rows):
+    """`layer` inside of `route`, also for a name that it has no adapter of."""
+    context = Context(layer.shared, "route", (names, torch.tensor(rows)))
+    token = HERE.set((context,))
+    try:
+        yield
+    finally:
+        HERE.reset(token)
+
+
 def by_hand(layer, x, name):
     """The formula at the head of the module, for one adapter or none."""
     y = torch.einsum("...i,oi->...o", x, layer.base.weight) + layer.base.bias
@@ -700,43 +714,43 @@ def test_the_adapter_that_is_set(layer, name, shape):
 @pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6), (4, 2, 5, 6), (4, 0, 6)])
 def test_each_row_with_its_own(layer, shape):
     x, names = torch.randn(shape, dtype=torch.float64), ["two", None, "three", "two"]
-    layer.shared.rows = ["two", None, "three"], torch.tensor([0, 1, 2, 0])
     expected = torch.stack([by_hand(layer, row, n) for row, n in zip(x, names)])
-    torch.testing.assert_close(layer(x), expected)
-    assert torch.equal(layer(x)[1], layer.base(x)[1])
+    with routed(layer, ["two", None, "three"], [0, 1, 2, 0]):
+        torch.testing.assert_close(layer(x), expected)
+        assert torch.equal(layer(x)[1], layer.base(x)[1])
 
 
 def test_rows_of_adapters_that_the_layer_has_not(layer):
     x = torch.randn(3, 6, dtype=torch.float64)
-    layer.shared.rows = ["elsewhere", None, "one"], torch.tensor([0, 1, 2])
     expected = [by_hand(layer, x[i], n) for i, n in enumerate([None, None, "one"])]
-    torch.testing.assert_close(layer(x), torch.stack(expected))
-    layer.shared.rows = ["elsewhere", None], torch.tensor([0, 1, 0])
-    assert torch.equal(layer(x), layer.base(x))
+    with routed(layer, ["elsewhere", None, "one"], [0, 1, 2]):
+        torch.testing.assert_close(layer(x), torch.stack(expected))
+    with routed(layer, ["elsewhere", None], [0, 1, 0]):
+        assert torch.equal(layer(x), layer.base(x))
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (5, 2, 6)])
 def test_another_number_of_rows_is_refused(layer, shape):
-    layer.shared.rows = ["one"], torch.tensor([0, 0])
-    with pytest.raises(ValueError, match="2 rows are routed, but a layer was given"):
+    message = "2 rows are routed, but a layer was given"
+    with routed(layer, ["one"], [0, 0]), pytest.raises(ValueError, match=message):
         layer(torch.randn(shape, dtype=torch.float64))
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows(layer):
     """Finite differences, and each adapter learns from its own rows alone."""
     x = torch.randn(3, 2, 6, dtype=torch.float64)
-    layer.shared.rows = ["one", "three"], torch.tensor([0, 1, 0])
     parts = {n: layer.adapters[n].requires_grad_(True) for n in ("one", "three")}
     tensors = [p for part in parts.values() for p in (part.A, part.B)]
 
     def loss(*_):
         return layer(x).square().sum()
 
-    assert torch.autograd.gradcheck(loss, tensors)
-    loss().backward()
+    with routed(layer, ["one", "three"], [0, 1, 0]):
+        assert torch.autograd.gradcheck(loss, tensors)
+        loss().backward()
     mixed = parts["three"].A.grad.clone()
     layer.zero_grad()
-    layer.shared.rows, layer.shared.active = None, "three"
+    layer.shared.active = "three"
     layer(x[1:2]).square().sum().backward()
     torch.testing.assert_close(parts["three"].A.grad, mixed)
     assert layer.adapters["two"].A.grad is None
@@ -814,14 +828,15 @@ def test_half_precision_keeps_no_wider_input(dtype, routed):
 
 
 def test_the_weight_that_others_read(layer):
-    assert layer.weight is layer.base.weight and layer.bias is layer.base.bias
+    assert torch.equal(layer.weight, layer.base.weight)
+    assert layer.bias is layer.base.bias
     layer.shared.active = "two"
     x = torch.randn(3, 6, dtype=torch.float64)
     got = nn.functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(got, by_hand(layer, x, "two"))
-    layer.shared.rows = ["two"], torch.tensor([0])
-    with pytest.raises(ValueError, match="^a layer's weight was read inside"):
-        layer.weight  # noqa: B018
+    message = "^a layer's weight was read inside"
+    with routed(layer, ["two"], [0]), pytest.raises(ValueError, match=message):
+        layer.weight + 1
 
 
 def test_attention_reads_the_weight_of_the_adapter():

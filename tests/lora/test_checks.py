@@ -8,7 +8,8 @@ from numbers import Integral
 import numpy as np
 import pytest
 
-from lora.checks import check_number, listed
+from lora.bases import listed
+from lora.checks import check_number
 
 
 def test_check_number_accepts_what_is_finite_and_large_enough():

@@ -49,12 +49,6 @@ def test_levels_of_a_normal_float_are_quantiles(bits):
         assert side.diff().max() - side.diff().min() < 1e-6
 
 
-@pytest.mark.parametrize("bits", [1, 9, 2.5, True, "4", None])
-def test_bits_are_refused(bits):
-    with pytest.raises(ValueError, match="bits must be"):
-        normal_float(bits)
-
-
 def test_sets_of_levels():
     for kind, levels in LEVELS.items():
         assert (levels.diff() > 0).all() and levels[0] == -1 and levels[-1] == 1
@@ -118,17 +112,10 @@ def test_by_default_nf4_in_blocks_of_64():
     assert not torch.equal(round_trip(weight), round_trip(weight, "NF4", 65))
 
 
-def test_bad_arguments_of_round_trip():
-    with pytest.raises(ValueError, match="kind must be one of int8, NF4"):
-        round_trip(torch.ones(4), "nf4")
-    with pytest.raises(ValueError, match="block must be an integer of at least 1"):
-        round_trip(torch.ones(4), "NF4", 0)
-    with pytest.raises(ValueError, match="weight must be finite"):
-        round_trip(torch.tensor([1.0, torch.nan]))
-    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
-        round_trip(torch.ones(4, dtype=torch.int64))
-    with pytest.raises(TypeError, match="got list"):
-        round_trip([1.0])
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan, 1e300])
+def test_what_is_not_finite_in_float32_is_refused(odd):
+    with pytest.raises(ValueError, match="^a weight must be finite in float32, got"):
+        round_trip(torch.tensor([1.0, odd], dtype=torch.float64))
 
 
 @given(

@@ -194,50 +194,21 @@ def test_a_quiet_block_among_loud_ones_is_lost_but_zeros_stay():
 # --- Bad input ---
 
 
-@pytest.mark.parametrize("block", [0, -1, 2.5, 64.0, True, "64", None])
-def test_a_wrong_block_is_refused(block):
-    for call in (
-        lambda: quantize(torch.ones(4), block),
-        lambda: double_quantize(torch.ones(4), block),
-        lambda: NF4Linear.from_linear(linear(), block),
-        lambda: quantize_model(nn.Sequential(linear()), block=block),
-    ):
-        with pytest.raises(ValueError, match="block must be an integer of at least 1"):
-            call()
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_numbers_that_are_none_are_refused(bad, dtype):
     W = torch.ones(4, 64, dtype=dtype)
     W[2, 3] = bad
-    with pytest.raises(ValueError, match="weight must be finite in float32"):
-        quantize(W)
-    with pytest.raises(ValueError, match="scales must be finite in float32"):
-        double_quantize(W)
+    for function in (quantize, double_quantize):
+        with pytest.raises(ValueError, match="must be finite in float32"):
+            function(W)
 
 
 def test_what_is_too_large_for_float32_is_refused():
     with pytest.raises(ValueError, match="must be finite in float32"):
         quantize(torch.tensor([1e300], dtype=torch.float64))
-    with pytest.raises(ValueError, match="scales minus their mean must be finite"):
+    with pytest.raises(ValueError, match="must be finite in float32"):
         double_quantize(torch.tensor([3e38, 3e38, -3e38, 3e38]) * 1.1)
-
-
-@pytest.mark.parametrize(
-    ("weight", "error", "text"),
-    [
-        (torch.ones(4, dtype=torch.int32), TypeError, "got torch.int32"),
-        (torch.ones(4, dtype=torch.complex64), TypeError, "got torch.complex64"),
-        ([[1.0]], TypeError, "got list"),
-        (None, TypeError, "got NoneType"),
-        (torch.ones(0, 4), ValueError, "must hold numbers"),
-        (torch.ones(4, 4, device="meta"), ValueError, "must hold numbers, got meta"),
-    ],
-)
-def test_what_is_no_weight_is_refused(weight, error, text):
-    with pytest.raises(error, match=text):
-        quantize(weight)
 
 
 class Masked(nn.Linear):
@@ -245,29 +216,24 @@ class Masked(nn.Linear):
         return F.linear(x, self.weight.tril(), self.bias)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Embedding(4, 4),
-        nn.Conv1d(4, 4, 1),
-        Masked(4, 4),
-        LoRALinear(nn.Linear(4, 4)),
-        NF4Linear.from_linear(nn.Linear(4, 4)),
-        nn.Linear(4, 4).weight,
-        None,
-    ],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_what_is_no_plain_linear_layer_is_refused(layer):
-    message = f"^linear must be a plain nn.Linear.*, got {type(layer).__name__}"
-    with pytest.raises(TypeError, match=message):
-        NF4Linear.from_linear(layer)
-
-
-def test_a_hooked_layer_is_refused():
+def hooked():
     layer = linear()
     layer.register_forward_hook(lambda *args: None)
-    with pytest.raises(TypeError, match="forward hook"):
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (nn.Embedding(4, 4), "got Embedding"),
+        (Masked(4, 4), "got Masked, which has a forward of its own"),
+        (LoRALinear(nn.Linear(4, 4)), "got LoRALinear"),
+        (hooked(), "forward hook"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_is_no_base_is_refused(layer, text):
+    with pytest.raises(TypeError, match=f"^linear must be a plain nn.Linear.*{text}"):
         NF4Linear.from_linear(layer)
 
 
@@ -306,33 +272,22 @@ def test_bits_a_parameter():
     assert bits[True] == 4 + 8 / 64 + 32 / (64 * 256) + 32 / 1024**2
     layer = NF4Linear.from_linear(base)
     held = sum(t.nbytes for t in (*layer.buffers(), *layer.parameters()))
-    assert held == sum(t.nbytes for t in layer.stored()) + 3 * 8
+    assert held == sum(t.nbytes for t in layer.stored())
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_gradients_are_those_of_the_dense_weight(double):
-    layer = NF4Linear.from_linear(linear(), double=double)
-    layer.bias.requires_grad_()
-    W, b = layer.dense_weight(), layer.bias.detach().clone().requires_grad_()
-    xs = [torch.randn(3, 5, 48).requires_grad_()]
-    xs += [xs[0].detach().clone().requires_grad_()]
-    y = layer(xs[0]), F.linear(xs[1], W, b)
-    direction = torch.randn_like(y[0])
-    for out in y:
-        (out * direction).sum().backward()
-    assert torch.allclose(xs[0].grad, xs[1].grad, atol=1e-6)
-    assert torch.allclose(layer.bias.grad, b.grad, atol=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(48,), (5, 48), (3, 5, 48), (2, 3, 5, 48)])
-def test_a_trained_bias_gets_the_gradient_of_a_dense_layer(shape):
-    layer = NF4Linear.from_linear(linear())
-    dense = linear()
-    dense.weight.data = layer.weight
+def test_gradients_are_those_of_a_dense_layer(shape, double):
+    layer, dense = NF4Linear.from_linear(linear(), double=double), linear()
+    dense.weight.data = layer.weight.detach()
+    grads = []
     for each in (layer, dense):
         each.bias.requires_grad_()
-        each(torch.ones(shape)).square().sum().backward()
-    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        y = each(x.requires_grad_())
+        y.square().sum().backward()
+        grads.append((x.grad, each.bias.grad))
+    torch.testing.assert_close(*grads)
 
 
 def test_backward_dequantizes_only_for_a_gradient_that_is_asked_for():
@@ -353,14 +308,15 @@ def test_backward_dequantizes_only_for_a_gradient_that_is_asked_for():
 def test_by_default_blocks_of_64_with_scales_quantized():
     layer = NF4Linear(linear().weight)
     assert (layer.block, layer.is_double) == (64, True)
-    assert NF4Linear.from_linear(linear()).layout.tolist() == [40, 48, 64]
+    state = NF4Linear.from_linear(linear()).get_extra_state()
+    assert state.tolist() == [48, 40, 64, True]
 
 
 def test_what_a_state_holds():
-    parts = ["codes", "scales", "scales_of_scales", "mean", "layout"]
+    parts = ["codes", "scales", "scales_of_scales", "mean", "_extra_state"]
     assert [*NF4Linear.from_linear(linear()).state_dict()] == ["bias", *parts]
     plain = NF4Linear.from_linear(linear(bias=False), double=False)
-    assert [*plain.state_dict()] == ["codes", "scales", "layout"]
+    assert [*plain.state_dict()] == ["codes", "scales", "_extra_state"]
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -449,7 +405,7 @@ def test_no_memory_is_shared_with_the_source():
 def test_mode_and_text():
     layer = NF4Linear.from_linear(linear().eval(), block=32, double=False)
     assert not layer.training
-    text = "in_features=48, out_features=40, bias=True, block=32, double=False"
+    text = "in_features=48, out_features=40, block=32, is_double=False, bias=True"
     assert text in repr(layer)
     assert "bias=False" in repr(NF4Linear.from_linear(linear(bias=False)))
 
@@ -479,9 +435,12 @@ def test_a_saved_layer_is_loaded(double, dtype):
 @pytest.mark.parametrize(
     ("other", "text"),
     [
-        (lambda: NF4Linear.from_linear(linear(), block=32), r"\[40, 48, 64\] here"),
-        (lambda: NF4Linear.from_linear(linear(40, 48)), r"\[48, 40, 64\] in the file"),
-        (lambda: NF4Linear.from_linear(linear(), double=False), "Missing key"),
+        (
+            lambda: NF4Linear.from_linear(linear(), block=32),
+            "with .*'block': 32.* has .*'block': 64.* here",
+        ),
+        (lambda: NF4Linear.from_linear(linear(40, 48)), "with .*'in_features': 40"),
+        (lambda: NF4Linear.from_linear(linear(), double=False), "'is_double': 0"),
         (lambda: linear(), "Missing key"),
     ],
 )
@@ -587,10 +546,7 @@ def test_all_layers_or_those_that_are_asked_for():
     model = small()
     assert quantize_model(model, r"2\.\d") == [model[2][0]]
     assert type(model[0]) is nn.Linear
-    assert quantize_model(model, block=4) == [model[0]]
-    assert (model[0].block, model[2][0].block) == (4, 64), "the rest, not again"
-    model = small()
-    assert not any(layer.is_double for layer in quantize_model(model, double=False))
+    assert quantize_model(model) == [model[0]], "the rest, not again"
 
 
 def test_what_is_left_is_said_where_all_is_asked_for():
@@ -616,10 +572,11 @@ def test_a_warning_points_to_the_line_that_quantizes():
 
 def test_a_model_that_is_quantized_twice_stays_as_it_is():
     model = small()
-    quantize_model(model, block=32)
+    model[0] = NF4Linear.from_linear(model[0], block=4, double=False)
+    quantize_model(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modules = list(model.modules())
-    assert quantize_model(model, block=64, double=False) == []
+    assert quantize_model(model) == []
     assert list(model.modules()) == modules
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -657,7 +614,6 @@ def test_a_tied_head_is_left_with_a_warning():
         (lambda m: quantize_model(m, "q_proj"), ValueError, r"Layers: 0, 2\.0"),
         (lambda m: quantize_model(m, "("), ValueError, "targets must be a regular"),
         (lambda m: quantize_model(m, ["0"]), TypeError, "targets must be a regular"),
-        (lambda m: quantize_model(m, block=0), ValueError, "block must be"),
         (lambda m: quantize_model(m[0]), ValueError, "cannot replace the root Linear"),
         (lambda m: quantize_model(nn.Sequential(m[1])), ValueError, "no layer"),
     ],
@@ -675,7 +631,7 @@ def test_one_bad_layer_leaves_the_whole_model():
     with torch.no_grad():
         model[2][0].weight[1, 1] = torch.nan
     before = kinds(model)
-    with pytest.raises(ValueError, match=r"2\.0: weight must be finite"):
+    with pytest.raises(ValueError, match=r"^2\.0: a weight must be finite"):
         quantize_model(model)
     assert kinds(model) == before
 
@@ -690,15 +646,14 @@ def test_a_real_model(minilm):
 
 
 def test_parts_that_do_not_belong_together_are_refused():
-    weight = torch.randn(5, 12)
-    codes, scales = quantize(weight, block=16)
+    codes, scales = quantize(torch.randn(5, 12), block=16)
     for wrong in (codes[:-1], torch.cat([codes, codes[:3]])):
-        with pytest.raises(ValueError, match=f"30 bytes of codes, got {len(wrong)}"):
+        with pytest.raises(RuntimeError, match=rf"\[30\]' is .* size {len(wrong)}"):
             dequantize(wrong, scales, (5, 12), block=16)
-    with pytest.raises(ValueError, match="4 blocks need as many scales, got 1"):
+    with pytest.raises(RuntimeError, match=r"\[4, 1\]' is invalid .* size 1"):
         dequantize(codes, scales[:1], (5, 12), block=16)
-    with pytest.raises(ValueError, match="2 blocks need as many scales, got 4"):
+    with pytest.raises(RuntimeError, match=r"\[2, 1\]' is invalid .* size 4"):
         dequantize(codes, scales, (5, 12), block=32)
-    twice = double_quantize(scales, block=2)
-    with pytest.raises(ValueError, match="1 blocks need as many scales, got 2"):
-        double_dequantize(*twice, block=4)
+    codes, wide, mean = double_quantize(scales)
+    with pytest.raises(RuntimeError, match=r"\[2, 1\]' is invalid .* size 1"):
+        double_dequantize(codes, wide, mean, block=2)

@@ -74,26 +74,6 @@ def test_each_size_has_its_own_line():
     assert list(training_bytes(7e9).values()) == [28e9, 28e9, 56e9]
 
 
-@pytest.mark.parametrize("name", ["trainable", "frozen", *BYTES])
-@pytest.mark.parametrize(
-    "value", [-1, math.inf, np.float32("inf"), np.float16("nan"), "4", None, True]
-)
-def test_training_bytes_refuses(name, value):
-    with pytest.raises(
-        ValueError, match=f"{name} must be a finite number of at least 0"
-    ):
-        training_bytes(**{"trainable": 1, name: value})
-
-
-def test_the_bill_of_numpys_small_integers_does_not_overflow():
-    bill = training_bytes(np.int32(700_000_000), frozen=np.uint8(200))
-    assert bill == training_bytes(700_000_000, frozen=200)
-    assert bill["AdamW m and v"] == 5_600_000_000
-    # float32 has 24 bits: 1e7 + 1 is exact in it, four times as much is not
-    assert training_bytes(np.float32(2**24 - 1))["weights"] == 4 * (2**24 - 1)
-    assert type(bill["weights"]) is int
-
-
 # The best approximation
 
 
@@ -146,23 +126,6 @@ def test_energy_of_known_singular_values(scale):
     assert kept[-1] == 1
 
 
-@pytest.mark.parametrize(
-    ("dtype", "top"), [(torch.float32, 3e38), (torch.float64, 1e308)]
-)
-def test_the_largest_numbers_do_not_overflow(dtype, top):
-    """A norm of these would: 3e38 is finite in float32, 4 * 3e38 is not."""
-    full = torch.full((4, 4), top, dtype=dtype)
-    assert rank_for_energy(full).item() == 1
-    torch.testing.assert_close(energy(full), torch.ones(4, dtype=dtype))
-    torch.testing.assert_close(truncate(full, 1), full)
-    mixed = torch.stack([full, torch.eye(4, dtype=dtype)])  # each has its own scale
-    assert rank_for_energy(mixed).tolist() == [1, 4]
-    torch.testing.assert_close(truncate(mixed, 2)[0], full)
-    assert torch.equal(truncate(0 * mixed, 1), 0 * mixed)
-    far = torch.stack([full, torch.finfo(dtype).tiny * torch.eye(4, dtype=dtype)])
-    assert rank_for_energy(far).tolist() == [1, 4]
-
-
 def test_gradients_of_truncate():
     """Right at a gap between all singular values, NaN without: as documented."""
     M = known([4, 2, 1], m=3, n=3).requires_grad_()
@@ -187,59 +150,29 @@ def test_energy_of_diagonal_matrices_is_exact():
     assert energy(torch.tensor([[2.0], [1.0]])).tolist() == [1]
     quarters = torch.eye(4)
     assert energy(quarters).tolist() == [0.25, 0.5, 0.75, 1]
-    # a share that a rank keeps exactly needs no rank more
-    assert [rank_for_energy(quarters, s).item() for s in (0.25, 0.5, 0.51)] == [1, 2, 3]
+    # nine tenths, kept exactly, need no rank more
+    assert rank_for_energy(torch.eye(10, dtype=torch.float64)) == 9
 
 
 def test_rank_for_energy_of_known_singular_values():
-    M = known([4, 2, 1])  # shares 0.762, 0.952, 1
-    shares = {0.01: 1, 0.76: 1, 0.77: 2, 0.9: 2, 0.95: 2, 0.96: 3, 0.999: 3}
-    assert {s: rank_for_energy(M, s).item() for s in shares} == shares
-    batch = rank_for_energy(torch.stack([M, known([1, 1, 1, 1, 1]), known([9])]))
-    assert batch.tolist() == [2, 5, 1] and batch.dtype == torch.int64
+    values = [4, 2, 1], [1, 1, 1, 1, 1], [9], [3, 1.01], [3, 0.99]
+    batch = rank_for_energy(torch.stack([known(v) for v in values]))
+    assert batch.tolist() == [2, 5, 1, 2, 1] and batch.dtype == torch.int64
+    assert rank_for_energy(known([4, 2, 1])).shape == ()
 
 
-@pytest.mark.parametrize(
-    "function", [lambda M: truncate(M, 1), energy, rank_for_energy]
-)
-def test_bad_matrices_are_refused(function):
-    named = {"list": [[1.0]], "ndarray": np.eye(2), "torch.int64": torch.eye(2).long()}
-    named["torch.bfloat16"] = torch.eye(2).bfloat16()
-    for name, bad in named.items():
-        with pytest.raises(
-            TypeError,
-            match=f"matrix must be a tensor in float32 or float64, got {name}",
-        ):
-            function(bad)
-    for shape in ((3,), (0,), ()):
-        with pytest.raises(ValueError, match="must have shape") as refused:
-            function(torch.ones(shape))
-        assert str(refused.value) == f"matrix must have shape (..., m, n), got {shape}"
-    for shape in ((0, 3), (3, 0), (0, 3, 3)):
-        with pytest.raises(ValueError, match="one entry") as refused:
-            function(torch.ones(shape))
-        message = f"matrix must have at least one entry, got shape {shape}"
-        assert str(refused.value) == message
-    for bad in (math.inf, math.nan):
-        with pytest.raises(
-            ValueError, match="^matrix must be finite, got an entry that is inf or nan$"
-        ):
-            function(torch.tensor([[1.0, bad]]))
+@pytest.mark.parametrize("rank", [-1, 1.0, True, "1", None])
+def test_truncate_refuses_a_rank(rank):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 0"):
+        truncate(torch.eye(2), rank)
 
 
-def test_bad_rank_share_and_zero_are_refused():
-    for rank in (-1, 1.0, True, "1", None):
-        with pytest.raises(ValueError, match="rank must be an integer of at least 0"):
-            truncate(torch.eye(2), rank)
-    for share in (0, 1, 1.5):
-        with pytest.raises(ValueError, match="share must lie strictly between 0 and 1"):
-            rank_for_energy(torch.eye(2), share)
-    with pytest.raises(ValueError, match="share must be a finite number"):
-        rank_for_energy(torch.eye(2), math.nan)
-    with pytest.raises(
-        ValueError, match="^a matrix of zeros has no energy to share out$"
-    ):
-        energy(torch.stack([torch.eye(2), torch.zeros(2, 2)]))
+@pytest.mark.parametrize("size", [0, 3e38])  # 4 * 3e38 is not finite in float32
+def test_what_has_no_energy_is_refused(size):
+    odd = torch.stack([torch.eye(4), torch.full((4, 4), size)])
+    for function in (energy, rank_for_energy):
+        with pytest.raises(ValueError, match="norm 0 or infinity has no energy"):
+            function(odd)
 
 
 # The random subspace
@@ -301,13 +234,6 @@ def test_random_subspace_depends_on_its_seed_only():
     assert torch.equal(torch.random.get_rng_state(), expected)
 
 
-def test_random_subspace_takes_numpys_integers():
-    drawn = RandomSubspace(small_model(), np.int64(3), seed=np.int64(3)).P
-    assert torch.equal(drawn, RandomSubspace(small_model(), 3, seed=3).P)
-    last = RandomSubspace(small_model(), 3, seed=2**64 - 1).P
-    assert last.isfinite().all() and not torch.equal(last, drawn)
-
-
 def test_random_subspace_takes_the_models_dtype():
     assert RandomSubspace(small_model(torch.bfloat16), 3).z.dtype == torch.bfloat16
 
@@ -348,38 +274,11 @@ def test_random_subspaces_train_as_a_stack_as_they_do_one_by_one():
         assert torch.equal(model.model[0].weight, moons_mlp(i)[0].weight)
 
 
-def test_random_subspace_refuses():
-    for dimension in (0, -1, 2.0, True, None):
-        with pytest.raises(
-            ValueError, match="dimension must be an integer of at least 1"
-        ):
-            RandomSubspace(small_model(), dimension)
-    with pytest.raises(ValueError, match="dimension must be at most 26, got 27"):
-        RandomSubspace(small_model(), 27)
-    with pytest.raises(ValueError, match="seed must be an integer of at least 0"):
-        RandomSubspace(small_model(), 2, seed=-1)
-    untouched = small_model()
-    for seed in (2**64, np.uint64(2**64 - 1) + 2.0):
-        with pytest.raises(ValueError, match="seed must be a"):
-            RandomSubspace(untouched, 2, seed=seed)
-    with pytest.raises(ValueError, match=f"seed must be at most 2.*, got {2**64}$"):
-        RandomSubspace(untouched, 2, seed=2**64)
-    assert all(p.requires_grad for p in untouched.parameters())
-    with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
-        RandomSubspace([1.0], 1)
-    mixed = nn.Sequential(nn.Linear(1, 1).double(), nn.Linear(1, 1))
-    whole = nn.Module()
-    whole.p = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
-    for model, dtypes in (
-        (nn.Tanh(), ""),
-        (mixed, "'torch.float32', 'torch.float64'"),
-        (whole, "'torch.int64'"),
-    ):
-        with pytest.raises(
-            TypeError, match=rf"must share one float dtype, got \[{dtypes}\]"
-        ):
-            RandomSubspace(model, 1)
-    assert all(p.requires_grad for p in mixed.parameters())  # refused before any change
+def test_a_model_that_cannot_be_moved_is_left_as_it_was():
+    model = small_model()
+    with pytest.raises(RuntimeError, match="negative dimension"):
+        RandomSubspace(model, -1)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 # The counts
@@ -406,26 +305,3 @@ def test_lora_costs_more_exactly_above_the_break_even_rank(d_in, d_out):
     limit = break_even_rank(d_in, d_out)
     for rank in range(1, math.ceil(limit) + 2):
         assert (lora_parameters(d_in, d_out, rank) > d_in * d_out) == (rank > limit)
-
-
-def test_counts_of_numpys_small_integers_do_not_overflow():
-    wide = np.int32(65536)
-    assert lora_parameters(wide, wide, np.int32(65536)) == 65536 * 131072
-    assert break_even_rank(wide, wide) == 32768
-    assert lora_parameters(np.uint8(200), np.uint8(100), np.uint8(2)) == 600
-
-
-@pytest.mark.parametrize("bad", [0, -1, 2.0, True, "2"])
-def test_counts_refuse(bad):
-    for i, name in enumerate(("d_in", "d_out", "rank")):
-        arguments = [2, 2, 2]
-        arguments[i] = bad
-        with pytest.raises(
-            ValueError, match=f"{name} must be an integer of at least 1"
-        ):
-            lora_parameters(*arguments)
-        if name != "rank":
-            with pytest.raises(
-                ValueError, match=f"{name} must be an integer of at least 1"
-            ):
-                break_even_rank(*arguments[:2])

@@ -41,6 +41,7 @@ UNREAD = CODE + r"|\]\([^)]*\)|</?\w[^>]*>|\bhttps?://\S+|^---\n.*?\n---\n"
 TRIVIAL = {"dict", "enumerate", "float", "int", "items", "keys", "len", "list", "max"}
 TRIVIAL |= {"min", "range", "round", "set", "sorted", "str", "sum", "tuple", "values"}
 TRIVIAL |= {"reversed", "zip"}
+DEFINITIONS = ast.FunctionDef | ast.ClassDef
 
 
 def keys(text):
@@ -69,27 +70,29 @@ def expression(key):
     return f"str({key})"
 
 
-def evaluate(client, wanted, raw=()):
-    """Key -> the text that it shows, and raw expression -> value, in a live kernel."""
-    asked = {key: expression(key) for key in wanted} | {code: code for code in raw}
+def evaluate(client, wanted):
+    """Key -> the text that it shows, in a live kernel."""
+    values = ask(client, map(expression, wanted))
+    return {key: re.sub(r"^-(?=\d)", "−", value) for key, value in zip(wanted, values)}
 
-    async def ask():
-        code = {str(i): e for i, e in enumerate(asked.values())}
-        sent = client.execute("", silent=True, user_expressions=code)
+
+def ask(client, expressions, before=""):
+    """The values of expressions in a live kernel, after the statements `before`."""
+    code = {str(i): e for i, e in enumerate(expressions)}
+
+    async def answers():
+        sent = client.execute(before, silent=True, user_expressions=code)
         while True:
             reply = client.get_shell_msg(timeout=600)
             reply = await reply if inspect.isawaitable(reply) else reply
             if reply["parent_header"].get("msg_id") == sent:
                 return reply["content"]["user_expressions"]
 
-    values = {}
-    for key, answer in zip(asked, asyncio.run(ask()).values()) if asked else ():
+    values = asyncio.run(answers()) if code else {}
+    for i, answer in values.items():
         if answer["status"] == "error":
-            raise ValueError(f"{key}: {answer['ename']}: {answer['evalue']}")
-        values[key] = ast.literal_eval(answer["data"]["text/plain"])
-        if key in wanted and re.match(r"-\d", values[key]):
-            values[key] = "−" + values[key][1:]
-    return values
+            raise ValueError(f"{code[i]}: {answer['ename']}: {answer['evalue']}")
+    return [ast.literal_eval(values[i]["data"]["text/plain"]) for i in code]
 
 
 # --- Where keys stand ---
@@ -104,8 +107,8 @@ def texts(cell):
 
 def local(cell):
     """Keys of a cell that its own chapter evaluates after the code cell above."""
-    found = [key for text in texts(cell).values() for key in keys(text)]
-    return [k for k in found if not ELSEWHERE.match(k) and not LITERATURE.match(k)]
+    own = [key for text in texts(cell).values() for key in keys(text)]
+    return [k for k in own if not ELSEWHERE.match(k) and not LITERATURE.match(k)]
 
 
 def outside():
@@ -116,34 +119,29 @@ def outside():
 
 def exported(name, notebooks):
     """Expressions that pages, other chapters and headlines take from a chapter."""
-    everything = [*outside().values()]
-    for notebook in notebooks.values():
-        everything += [t for cell in notebook.cells for t in texts(cell).values()]
-    found = (ELSEWHERE.match(key) for text in everything for key in keys(text))
-    wanted = {match[2]: None for match in found if match and match[1] == name}
+    cells = [cell for notebook in notebooks.values() for cell in notebook.cells]
+    read = [*outside().values(), *(t for cell in cells for t in texts(cell).values())]
+    quoted = filter(None, (ELSEWHERE.match(key) for text in read for key in keys(text)))
+    expressions = [match[2] for match in quoted if match[1] == name]
     for cell in notebooks[name].cells:
-        wanted |= dict.fromkeys(
-            cell.metadata.get("headline", {}).get("book", {}).values()
-        )
-    return list(wanted)
+        expressions += cell.metadata.get("headline", {}).get("book", {}).values()
+    return list(dict.fromkeys(expressions))
 
 
 def literature():
     """Key -> figure of each entry of `references.md`."""
-    text = (BOOK / "references.md").read_text()
-    return {
-        m["key"]: m["shown"] for m in BOUND.finditer(text) if LITERATURE.match(m["key"])
-    }
+    quoted = BOUND.finditer((BOOK / "references.md").read_text())
+    return {m["key"]: m["shown"] for m in quoted if LITERATURE.match(m["key"])}
 
 
 def sources_of_literature():
     """Entry of the bibliography -> address of its link in `references.md`."""
-    found = {}
+    links = {}
     for block in re.split(r"\n(?=- |\n)", (BOOK / "references.md").read_text()):
         for key in keys(block):
-            link = re.search(r"\]\(([^)]+)\)", block)[1]
-            found[key.partition(":")[0]] = link
-    return found
+            entry = key.partition(":")[0]
+            links[entry] = re.search(r"\]\(([^)]+)\)", block)[1]
+    return links
 
 
 # --- What a cell computes ---
@@ -156,62 +154,72 @@ def computed(cells):
     computed. The tolerance is that of the cells behind the value, 0 where it is exact.
     """
     known = {}
-
-    def worth(value, here):
-        """The largest tolerance behind a value, None if nothing in it is computed."""
-        nodes = list(ast.walk(value))
-        read = {n.id for n in nodes if isinstance(n, ast.Name)}
-        calls = [n.func for n in nodes if isinstance(n, ast.Call)]
-        called = {getattr(f, "attr", getattr(f, "id", "")) for f in calls}
-        sums = (n for n in nodes if isinstance(n, ast.BinOp | ast.Compare))
-        sums = any(isinstance(m, ast.Name) for n in sums for m in ast.walk(n))
-        if called - TRIVIAL or sums or read & known.keys():
-            return max([here, *(known[name] for name in read & known.keys())])
-        return None
-
-    def assign(target, value, here):
-        parts, values = getattr(target, "elts", ()), getattr(value, "elts", ())
-        for i, part in enumerate(parts):
-            assign(part, values[i] if len(values) == len(parts) else value, here)
-        root = target
-        while isinstance(root, ast.Attribute | ast.Subscript | ast.Starred):
-            root = root.value
-        if isinstance(root, ast.Name):
-            found = worth(value, here)
-            if found is not None:
-                known[root.id] = max(found, known.get(root.id, 0))
-            elif root is target:
-                known.pop(root.id, None)
-
     for cell in cells:
-        here = cell.metadata.get("tolerance", {}).get("absolute", 0)
-        code = re.sub(r"^(\s*)[%!].*", r"\1pass", cell.source, flags=re.MULTILINE)
-        functions = ast.FunctionDef | ast.ClassDef
-        body = [s for s in ast.parse(code).body if not isinstance(s, functions)]
-        statements = [
-            node for s in body for node in ast.walk(s) if hasattr(node, "lineno")
-        ]
-        for node in sorted(statements, key=lambda n: n.lineno):
-            match node:
-                case ast.Assign(targets=targets, value=value):
-                    for target in targets:
-                        assign(target, value, here)
-                case ast.AugAssign(target=target, op=op, value=value):
-                    assign(target, ast.BinOp(target, op, value), here)
-                case ast.For(target=target, iter=value):
-                    assign(target, value, here)
-                case ast.With(items=items):
-                    for item in items:
-                        assign(item.optional_vars, item.context_expr, here)
-                case ast.Expr(ast.Call(func=ast.Attribute(value=target), args=[value])):
-                    assign(ast.Starred(target), value, here)  # rows.append(value)
+        own = cell.metadata.get("tolerance", {}).get("absolute", 0)
+        for target, value in assignments(cell.source):
+            name = root(target)
+            behind = names_in(value) & known.keys()
+            if name and (behind or computes(value)):
+                tolerances = [known[n] for n in {*behind, name} & known.keys()]
+                known[name] = max(own, *tolerances, 0)
+            elif isinstance(target, ast.Name):
+                known.pop(name, None)
     return known
+
+
+def assignments(source):
+    """(target, value), as syntax trees, of what a cell assigns outside functions."""
+    code = re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.MULTILINE)
+    body = [s for s in ast.parse(code).body if not isinstance(s, DEFINITIONS)]
+    nodes = [n for s in body for n in ast.walk(s) if hasattr(n, "lineno")]
+    for node in sorted(nodes, key=lambda n: n.lineno):
+        match node:
+            case ast.Assign(targets=targets, value=value):
+                for target in targets:
+                    yield from unpacked(target, value)
+            case ast.AugAssign(target=target, op=op, value=value):
+                yield target, ast.BinOp(target, op, value)
+            case ast.For(target=target, iter=value):
+                yield from unpacked(target, value)
+            case ast.With(items=items):
+                for item in items:
+                    yield from unpacked(item.optional_vars, item.context_expr)
+            case ast.Expr(ast.Call(func=ast.Attribute(value=target), args=[value])):
+                yield ast.Starred(target), value  # rows.append(value)
+
+
+def unpacked(target, value):
+    """`a, b = 1, f()` as `a = 1` and `b = f()`; each part of `a, b = f()` is f()."""
+    parts, values = getattr(target, "elts", ()), getattr(value, "elts", ())
+    if not parts:
+        yield target, value
+    for i, part in enumerate(parts):
+        yield from unpacked(part, values[i] if len(values) == len(parts) else value)
+
+
+def root(target):
+    """The name at the root of `name[0].part`; None where there is none."""
+    while isinstance(target, ast.Attribute | ast.Subscript | ast.Starred):
+        target = target.value
+    return getattr(target, "id", None)
+
+
+def names_in(tree):
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def computes(value):
+    """Whether an expression calls what is not trivial, or does sums with a name."""
+    nodes = list(ast.walk(value))
+    calls = [n.func for n in nodes if isinstance(n, ast.Call)]
+    called = {getattr(f, "attr", getattr(f, "id", "")) for f in calls}
+    sums = [n for n in nodes if isinstance(n, ast.BinOp | ast.Compare)]
+    return bool(called - TRIVIAL) or any(map(names_in, sums))
 
 
 def reads(key, known):
     """The names in `known` that a key's expression reads."""
-    tree = ast.walk(ast.parse(expression(key), mode="eval"))
-    return {n.id for n in tree if isinstance(n, ast.Name)} & known.keys()
+    return names_in(ast.parse(expression(key), mode="eval")) & known.keys()
 
 
 # --- Faults ---

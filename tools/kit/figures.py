@@ -18,7 +18,7 @@ def pictures(outputs):
     return [base64.b64decode(d["image/png"]) for d in data if "image/png" in d]
 
 
-def difference(stored, drawn, folder, tolerance=TOLERANCE):
+def difference(stored, drawn, folder):
     """What tells two lists of pictures apart, in words; None if nothing does.
 
     Writes the pictures that differ, and a picture of the difference, into `folder`.
@@ -32,7 +32,7 @@ def difference(stored, drawn, folder, tolerance=TOLERANCE):
         for file, content in zip(files, pair):
             file.write_bytes(content)
         try:
-            message = compare_images(*map(str, files), tol=tolerance)
+            message = compare_images(*map(str, files), tol=TOLERANCE)
         except ImageComparisonFailure as another_size:
             message = str(another_size)
         if message:

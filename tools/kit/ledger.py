@@ -8,8 +8,11 @@ sync` writes the README's.
 
 import re
 from collections import Counter, namedtuple
+from functools import cache
 
-from tools.kit.register import BASE, BOOK
+from myst_parser.mdit_to_docutils.base import default_slugify
+
+from tools.kit.register import BASE, BOOK, ROOT
 
 # Verdict -> how it reads after a count, and its colour: Okabe-Ito, dark enough for
 # white letters.
@@ -25,7 +28,7 @@ VERDICT = re.compile(
 README = re.compile(r"(?<=<!-- verdicts -->\n).*?(?=<!-- /verdicts -->)", re.DOTALL)
 PICTURE = BOOK / "_static" / "verdicts.svg"
 
-Row = namedtuple("Row", "number part verdict source")
+Claim = namedtuple("Claim", "number part verdict source")
 
 
 def key(verdict):
@@ -43,21 +46,21 @@ def short(verdict):
     return VERDICTS[verdict][0].removeprefix("were ")
 
 
-def rows(text=None):
-    """The rows of the page in order; `verdict` is None unless there is just one.
+@cache
+def claims():
+    """The page's claims in order; `verdict` is None unless there is just one.
 
     `part` is that of the series, 1 to 3, or the chapter of Part II, from 4 on.
     """
-    part, found = 0, []
-    text = text or (BOOK / "claims.md").read_text(encoding="utf-8")
-    for line in text.splitlines():
-        if heading := re.match(r"## (?:Part|Chapter) (\d+)", line):
-            part = int(heading[1])
-        elif row := re.match(r"(\d+)\. \*", line):
+    part, listed = 0, []
+    for line in (BOOK / "claims.md").read_text(encoding="utf-8").splitlines():
+        if title := re.match(r"## (?:Part|Chapter) (\d+)", line):
+            part = int(title[1])
+        elif item := re.match(r"(\d+)\. \*", line):
             verdicts = VERDICT.findall(line)
             verdict = verdicts[0] if len(verdicts) == 1 else None
-            found.append(Row(int(row[1]), part, verdict, line))
-    return found
+            listed.append(Claim(int(item[1]), part, verdict, line))
+    return listed
 
 
 def checks(source):
@@ -66,20 +69,18 @@ def checks(source):
     return re.findall(r"`([^`]+)`", tail[0]) if tail else []
 
 
-def tally(found=None):
+def tally():
     """Verdict -> how many claims, in the order of VERDICTS."""
-    count = Counter(row.verdict for row in found or rows())
+    count = Counter(claim.verdict for claim in claims())
     return {verdict: count[verdict] for verdict in VERDICTS}
 
 
-def sentence(counts):
-    """The counts in words, as the README and a picture's alternative text have them."""
-    *most, last = (f"{n} {VERDICTS[verdict][0]}" for verdict, n in counts.items())
-    return f"{', '.join(most)} and {last}"
+# --- What is written from it ---
 
 
-def picture(counts):
+def picture():
     """The counts as a bar, an SVG file of its own: a README holds no style sheet."""
+    counts = tally()
     width, total, x, parts = 640, sum(counts.values()), 0, []
     for verdict, n in counts.items():
         words, colour = short(verdict), VERDICTS[verdict][1]
@@ -103,15 +104,91 @@ def picture(counts):
     )
 
 
-def readme(counts):
+def readme():
     """The README's lines between its marks."""
-    said, total, page = (
-        sentence(counts),
-        sum(counts.values()),
-        f"{BASE}book/claims.html",
-    )
+    total, page = len(claims()), f"{BASE}book/claims.html"
+    *most, last = (f"{n} {VERDICTS[verdict][0]}" for verdict, n in tally().items())
+    said = f"{', '.join(most)} and {last}"
     return (
         f"\nOf {total} claims that the series makes or the field repeats, {said}: "
         f"[each with what shows it]({page}).\n\n"
         f"[![A bar of {total} claims: {said}.](book/_static/verdicts.svg)]({page})\n\n"
     )
+
+
+# --- Faults ---
+
+
+def sections(notebook):
+    """Anchor -> [prose, code] from that heading to the next of its level or above."""
+    texts, above = {}, []
+    for cell in notebook.cells:
+        blocks = [cell.source + "\n"]
+        if cell.cell_type == "markdown":
+            blocks = re.split(r"^(?=#+ )", cell.source, flags=re.MULTILINE)
+        for block in blocks:
+            title = re.match(r"(#+) (.*)", block)
+            if title and cell.cell_type == "markdown":
+                level, anchor = len(title[1]), default_slugify(title[2])
+                above = [(n, a) for n, a in above if n < level] + [(level, anchor)]
+                if anchor in texts:
+                    raise ValueError(f"two headings make the anchor #{anchor}")
+                texts[anchor] = ["", ""]
+            for _, anchor in above:
+                texts[anchor][cell.cell_type == "code"] += block
+    return texts
+
+
+def faults(source, book):
+    """A sentence for each verdict, place or check of a row that is not there.
+
+    `book` holds the `sections` of each chapter, by the notebook's name.
+    """
+    if len(VERDICT.findall(source)) != 1:
+        yield f"needs one verdict of {list(VERDICTS)}"
+    places = re.findall(r"\]\(([\w-]+\.ipynb)#([^)]+)\)", source)
+    shown = [book[page].get(anchor) for page, anchor in places]
+    for (page, anchor), text in zip(places, shown):
+        if text is None:
+            yield f"no #{anchor} in {page}"
+    prose, code = zip(*filter(None, shown)) if any(shown) else ((), ())
+    quoted = re.findall(r"\]\((https?://[^)]+)\)", source)
+    if not places or not (checks(source) or quoted):
+        yield "names no place, or no assertion, test or source"
+    # An assertion may take several lines in its cell.
+    asserted = " ".join(" ".join(code).split()).split("assert ")[1:]
+    for check in checks(source):
+        file, _, test = check.partition("::")
+        wanted = " ".join(check.removeprefix("assert ").split())
+        whole = check.startswith("assert ")
+        there = [a.startswith(wanted) if whole else wanted in a for a in asserted]
+        if test and f"def {test}(" not in (ROOT / file).read_text():
+            yield f"no {test} in {file}"
+        elif not test and not any(there):
+            yield f"no assertion {check!r} in the section it points to"
+    references = (BOOK / "references.md").read_text()
+    for link in quoted:  # nothing to assert here: the section cites, we quote
+        if not all(link in text for text in (references, *prose)):
+            yield f"{link} is not in references.md, or not cited there"
+
+
+def unnamed_settings(source, headlines):
+    """A sentence for each headline that a row rests on without naming two settings.
+
+    It rests on a headline if a check or a bound number of it names the function, or an
+    expression that holds the chapter's own result.
+    """
+
+    def has(text, part):
+        return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text)
+
+    text = " ".join(re.sub("<!--.*?-->", "", source).split())
+    named = " ".join([*checks(source), *re.findall("<!--(.*?)-->", source)])
+    for function, _, data in headlines:
+        rests = any(has(named, part) for part in (function, *data["book"].values()))
+        said = [setting for setting in data["settings"] if has(text, setting)]
+        if rests and len(said) < 2:
+            yield (
+                f"rests on {function} and must name two of its settings "
+                f"{list(data['settings'])}; it names {said}"
+            )

@@ -6,6 +6,7 @@ read from the cell itself: every line that begins with `def NAME` or `class NAME
 
 import ast
 import re
+from collections import ChainMap
 
 from tools.kit.register import sources
 
@@ -13,12 +14,12 @@ from tools.kit.register import sources
 def definitions(source):
     """Name -> text of each top-level function or class, decorators included."""
     lines = source.splitlines()
-    found = {}
+    texts = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
-    return found
+            texts[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return texts
 
 
 def package():
@@ -41,7 +42,7 @@ def title(cell):
 
 def sync(notebook, modules):
     """Put the package's definitions into the notebook's listing cells, in place."""
-    known = {name: text for module in modules.values() for name, text in module.items()}
+    known = dict(ChainMap(*modules.values()))
     for i, cell, names in listing_cells(notebook):
         missing = [name for name in names if name not in known]
         if missing or not names:
@@ -56,7 +57,7 @@ def drift(notebook, modules, owned):
 
     The chapter lists each definition of the modules `owned` once; it may list others.
     """
-    known = {name: text for module in modules.values() for name, text in module.items()}
+    known = dict(ChainMap(*modules.values()))
     listed = []
     for i, cell, names in listing_cells(notebook):
         listed += names

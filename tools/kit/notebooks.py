@@ -3,6 +3,7 @@
 import ast
 import base64
 import hashlib
+import itertools
 import re
 
 LONGEST_CELL = 15  # visible lines with code; listings may be longer
@@ -24,15 +25,12 @@ def faults(notebook):
     """A sentence for each fault of a chapter: where, what is wrong, how to mend it."""
     executed, known = 0, {}
     for i, cell in enumerate(notebook.cells):
-        found = faults_of_prose(cell)
+        kinds = [faults_of_prose(cell)]
         if cell.cell_type == "code":
             executed += 1
-            found = [
-                *faults_of_execution(cell, executed),
-                *faults_of_form(cell),
-                *faults_of_outputs(cell, i, known),
-            ]
-        for fault in found:
+            kinds = [faults_of_execution(cell, executed), faults_of_form(cell)]
+            kinds += [faults_of_outputs(cell, i, known)]
+        for fault in itertools.chain(*kinds):
             yield f"cell {i} ({start(cell.source)!r}): {fault}"
 
 

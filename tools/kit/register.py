@@ -1,7 +1,7 @@
 """The one register of chapters: `_toc.yml` lists the pages, a notebook says the rest.
 
 A notebook's metadata hold `book`: the modules of lora/ that it builds, a word by which
-the search must find it, and what a reader learns. All other lists are made from here.
+the site's search must find it, and what a reader learns. Other lists come from here.
 """
 
 import re
@@ -19,6 +19,7 @@ TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 REPOSITORY = CONFIG["repository"]["url"]
 BRANCH = CONFIG["repository"]["branch"]
 BASE = CONFIG["html"]["baseurl"]
+PDF = ROOT / "_build" / "deconstructing-lora.pdf"  # by `make pdf`
 COLAB = REPOSITORY.replace("github.com", "colab.research.google.com/github")
 
 Chapter = namedtuple("Chapter", "path title modules search learn")
@@ -33,14 +34,24 @@ def pages():
 @cache
 def chapters():
     """The chapters in order: the pages that are notebooks."""
-    found = []
-    for page in pages():
-        path = ROOT / f"{page}.ipynb"
-        if path.exists():
-            notebook = nbformat.read(path, as_version=4)
-            title = re.match("# (.*)", notebook.cells[0].source)[1]
-            found.append(Chapter(path, title, **notebook.metadata["book"]))
-    return found
+    paths = [ROOT / f"{page}.ipynb" for page in pages()]
+    listed = []
+    for path in filter(Path.exists, paths):
+        notebook = nbformat.read(path, as_version=4)
+        title = re.match("# (.*)", notebook.cells[0].source)[1]
+        listed.append(Chapter(path, title, **notebook.metadata["book"]))
+    return listed
+
+
+def notebooks():
+    """Name -> notebook of each chapter, read anew."""
+    return {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
+
+
+def last_change():
+    """When a source of the pages was last changed, as a file's time stamp."""
+    files = [ROOT / "_config.yml", ROOT / "_toc.yml", *BOOK.rglob("*.*")]
+    return max(f.stat().st_mtime for f in files if f.suffix != ".pyc")
 
 
 def sources():

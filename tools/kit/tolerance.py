@@ -8,10 +8,10 @@ a cell that draws, the name of its `figure`. Without it everything is compared e
 import math
 import re
 
-from tools.kit.bound import evaluate
+from tools.kit.bound import ask
 
 NUMBER = r"[-−+]?\d[\d,_]*(?:\.\d+)?(?:e[-+]?\d+)?"
-DRAWN = "__import__('lora.study.plots').study.plots.drawn({})"
+DRAWN = "from lora.study.plots import drawn as _drawn"
 
 
 def drawn(client, tolerance):
@@ -19,14 +19,16 @@ def drawn(client, tolerance):
 
     Raises ValueError if the tolerance could hide what the text reports.
     """
-    width, figure = tolerance["half_width"], tolerance.get("figure")
-    found = evaluate(client, [], [width, *([DRAWN.format(figure)] if figure else [])])
-    if not 0 < tolerance["absolute"] <= found[width] / 3:
+    (width,) = ask(client, [tolerance["half_width"]])
+    if not 0 < tolerance["absolute"] <= width / 3:
         raise ValueError(
             f"a tolerance of {tolerance['absolute']} is more than a third of the "
-            f"half-width {found[width]} of the interval that the text reports"
+            f"half-width {width} of the interval that the text reports"
         )
-    return found[DRAWN.format(figure)] if figure else []
+    if "figure" not in tolerance:
+        return []
+    (data,) = ask(client, [f"_drawn({tolerance['figure']})"], before=DRAWN)
+    return data
 
 
 def words(outputs):

@@ -1,6 +1,7 @@
 """`study.evidence` against SciPy's paired t-test, one-sided t-tests and coverage."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -35,51 +36,35 @@ def test_interval_covers_the_mean_as_often_as_it_says():
     assert abs(np.mean(hits) - 0.8) < 4 * (0.8 * 0.2 / len(draws)) ** 0.5
 
 
-@pytest.mark.parametrize("alpha", [0.05, 0.01])
 @pytest.mark.parametrize("values", SAMPLES, ids=len)
-def test_smallest_margin_is_where_two_one_sided_tests_turn(values, alpha):
+def test_smallest_margin_is_where_two_one_sided_tests_turn(values):
     def equivalent(margin):
         above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-        return max(above, below) < alpha
+        return max(above, below) < 0.05
 
-    margin = smallest_margin(values, alpha)
+    margin = smallest_margin(values)
     assert margin > abs(values.mean())
     assert equivalent(margin * (1 + 1e-9)) and not equivalent(margin * (1 - 1e-9))
-    assert smallest_margin(-values, alpha) == pytest.approx(margin, rel=1e-12)
+    assert smallest_margin(-values) == pytest.approx(margin, rel=1e-12)
 
 
-def test_smallest_margin_is_at_five_percent():
-    assert smallest_margin([1, 2, 4]) == smallest_margin([1, 2, 4], alpha=0.05)
-
-
+@pytest.mark.filterwarnings("ignore:Precision loss occurred")
 def test_equal_runs_have_no_width():
     assert interval([2.5] * 3) == (2.5, 2.5, 2.5)
     assert smallest_margin([-2.5] * 3) == 2.5
 
 
-@pytest.mark.parametrize(
-    "values",
-    [[], [1.0], 3.0, [[1.0, 2.0]], [1.0, float("nan")], [1.0, float("inf")]],
-)
-def test_values_that_have_no_interval_are_refused(values):
-    for refuses in (interval, smallest_margin):
-        with pytest.raises(
-            ValueError, match=r"^values must be \(n,\), finite, with n >= 2, got "
-        ):
-            refuses(values)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("values", [[1.0], [1.0, float("nan")], [1.0, float("inf")]])
+def test_values_that_have_no_interval_show_nan_and_pass_no_margin(values):
+    assert all(math.isnan(end) for end in interval(values)[1:])
+    assert not smallest_margin(values) < 1e9
 
 
-@pytest.mark.parametrize("level", [0, 1, -0.5, 95, float("nan")])
-def test_a_level_that_is_no_share_is_refused(level):
-    with pytest.raises(ValueError, match="^level must lie strictly between 0 and 1, g"):
-        interval([1.0, 2.0], level)
-
-
-@pytest.mark.parametrize("alpha", [0, 0.5, 0.6, -0.1, 5, float("nan")])
-def test_an_alpha_that_is_no_error_rate_is_refused(alpha):
-    with pytest.raises(ValueError, match="^alpha must lie strictly between 0 and 0.5"):
-        smallest_margin([1.0, 2.0], alpha)
+def test_several_runs_at_once_are_refused():
+    with pytest.raises(TypeError):
+        interval([[1.0, 2.0], [3.0, 5.0]])
 
 
 def test_verdict_reads_as_a_figure_with_its_interval():

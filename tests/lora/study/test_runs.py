@@ -1,15 +1,18 @@
-"""`lora.study.runs`: a run on a small model, the file of runs, what is read of it."""
+"""`lora.study.runs`: runs of a small model, sums and cuts by hand, the file of rows."""
 
 import json
 import math
+from collections import Counter
 from importlib.metadata import version
 
-import pandas as pd
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertModel
 
-from lora.study import runs, search
+from lora import core
+from lora.study import docstrings, runs, search
+from lora.study.docstrings import LIBRARIES, docstring_pairs, split
 
 ROW = {"study": "main", "method": "none", "seed": 1, "versions": "a=1", "losses": []}
 ROW |= {"ranks": {"numpy": [1, 2], "torch": [4]}}
@@ -28,7 +31,7 @@ def small(monkeypatch, tokenizer):
             (f"{library}.f{i}", f"name {i} {library}", f"sentence {i} of {library}")
             for i in range(210)
         ]
-        for library in search.LIBRARIES
+        for library in LIBRARIES
     }
 
     def load():
@@ -42,7 +45,7 @@ def small(monkeypatch, tokenizer):
         return tokenizer, BertModel(config).eval()
 
     monkeypatch.setattr(search, "load_minilm", load)
-    monkeypatch.setattr(search, "documented", lambda: pairs)
+    monkeypatch.setattr(docstrings, "documented", lambda: pairs)
 
 
 @pytest.fixture
@@ -56,21 +59,22 @@ def write(file, *rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+# --- One run ---
+
+
 def test_data_of_a_seed(small):
     train, choose, report = runs.data(1)
     assert len(train) == 5 * 10
     assert not any("sympy" in s or "networkx" in s for _, s in train)
-    assert list(choose) == list(report) == list(search.LIBRARIES)
-    for library in search.LIBRARIES:
+    assert list(choose) == list(report) == list(LIBRARIES)
+    for library in LIBRARIES:
         held_out = {*choose[library], *report[library]}
         assert len(held_out) == 200 and not held_out & {*train}
-        pairs = search.docstring_pairs(library)
-        assert search.split(pairs, 1)[1:] == (choose[library], report[library])
+        parts = split(docstring_pairs(library), 1)
+        assert parts[1:] == (choose[library], report[library])
     assert runs.data(2)[1] == choose and runs.data(2)[2] != report
     one = runs.data(1, ["sympy"])
     assert len(one[0]) == 10 and one[1:] == (choose, report)
-    with pytest.raises(ValueError, match=r"libraries must be of .* got \['pandas'\]"):
-        runs.data(1, ["numpy", "pandas"])
 
 
 def test_shuffled_pairs_are_all_wrong(small):
@@ -98,94 +102,210 @@ def test_what_a_method_trains(small, method, trainable):
 
 def test_a_run_and_its_row(small):
     settings = {"rank": 2, "steps": 2, "lr": 0.05, "seed": 3, "decay": 0.0}
-    tokenizer, model, row = runs.run(**settings)
+    tokenizer, model, row = runs.make_run(**settings)
     assert row == json.loads(json.dumps(row))
     assert {k: row[k] for k in runs.DEFAULTS} == runs.DEFAULTS | settings
     assert len(row["losses"]) == 2 and row["step_time"] > 0
-    assert {k: len(v) for k, v in row["chosen"].items()} == dict.fromkeys(
-        search.LIBRARIES, 50
-    )
+    assert {k: len(v) for k, v in row["chosen"].items()} == dict.fromkeys(LIBRARIES, 50)
     score = search.search_score(model, tokenizer, runs.data(3)[2]["scipy"])
     assert score.tolist() == pytest.approx([1 / r for r in row["ranks"]["scipy"]])
     assert all(1 <= r <= 150 for ranks in row["ranks"].values() for r in ranks)
-    again = runs.run(**settings)[2]
+    again = runs.make_run(**settings)[2]
     assert row | {"step_time": 0} == again | {"step_time": 0}
-    other = runs.run(**settings | {"lr": 0.5})[2]
+    other = runs.make_run(**settings | {"lr": 0.5})[2]
     assert other["ranks"] != row["ranks"]
 
 
 def test_a_run_without_training_is_the_base(small):
-    _, model, row = runs.run(method="none")
+    _, model, row = runs.make_run(method="none")
     assert row["losses"] == [] and row["step_time"] >= 0
     _, base = search.load_minilm()
     for name, value in base.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"ranks": 4}, r"settings are \['method', .*got \['ranks'\]"),
-        ({"method": "LoRA"}, "method must be 'lora', 'full' or 'none', got 'LoRA'"),
-        ({"steps": 0}, "steps must be"),
-        ({"rank": 0}, "rank must be"),
-        ({"targets": "decoder.*"}, "no layer whose name is"),
-        ({"seed": None}, "seed must be"),
-        ({"base": "NF5"}, "NF5"),
-    ],
-)
-def test_a_run_refuses(small, settings, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        runs.run(**settings)
+def test_a_base_in_few_bits(small):
+    """Two bits a number: each block of 8 has four values at most."""
+    _, model, _ = runs.make_run(method="none", base="NF2", block=8)
+    for name, layer in runs.layers(model).items():
+        blocks = layer.weight.detach().reshape(-1, 8)
+        assert max(len(block.unique()) for block in blocks) <= 4, name
+
+
+def test_a_setting_that_there_is_none_of_is_refused(small):
+    with pytest.raises(ValueError, match=r"settings are \['method', .*got \['ranks'\]"):
+        runs.make_run(ranks=4)
 
 
 def test_versions_are_those_of_the_installed():
-    found = dict(entry.split("=") for entry in runs.versions().split())
-    assert found == {name: version(name) for name in runs.PACKAGES}
+    named = dict(entry.split("=") for entry in runs.versions().split())
+    assert named == {name: version(name) for name in runs.PACKAGES}
     row = {"versions": runs.versions()}
     assert runs.other_versions(row) == ""
     bare = " ".join(e.partition("+")[0] for e in row["versions"].split())
     assert runs.other_versions({"versions": bare + " "}) == ""
     old = row["versions"].replace(f"sympy={version('sympy')}", "sympy=1.0")
-    assert runs.other_versions({"versions": old}) == "sympy=1.0"
+    old = old.replace(f"numpy={version('numpy')}", "numpy=1.0")
+    assert runs.other_versions({"versions": old}) == "numpy=1.0 sympy=1.0"
 
 
 def test_points_are_the_mean_over_all_queries():
     assert runs.points(ROW) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
 
 
-def test_rows_of_a_study(file):
-    write(file, ROW, ROW | {"study": "rates", "lr": 3e-4}, ROW | {"seed": 2})
-    table = runs.rows("main")
+# --- Cuts of a change, sums of adapters: on one layer, by hand ---
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    """A base of one layer, all zeros; what is measured of a model is its weight."""
+
+    def base(width):
+        model = nn.ModuleDict({"encoder": nn.ModuleDict({"a": nn.Linear(*width)})})
+        nn.init.zeros_(model["encoder"]["a"].weight)
+        return model
+
+    def use(width, make):
+        monkeypatch.setattr(search, "load_minilm", lambda: (None, base(width)))
+        monkeypatch.setattr(runs, "make_run", lambda **s: make(base(width), s))
+
+    def weight(model, _, seed):
+        return seed, model["encoder"]["a"].weight.tolist()
+
+    monkeypatch.setattr(runs, "data", lambda seed: ((), (), seed))
+    monkeypatch.setattr(runs, "ranks", weight)
+    return use
+
+
+def test_a_full_run_keeps_the_spectrum_of_its_change(one_layer, monkeypatch):
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(6, 6))[0]
+    values = torch.tensor([3.0, 2, 1, 0, 0, 0])
+    change = directions * values @ directions.T
+
+    def make(model, settings):
+        model["encoder"]["a"].weight.data += change
+        return None, model, settings | {"ranks": {}}
+
+    one_layer((6, 6), make)
+    monkeypatch.setattr(runs, "KS", (1, 2, 6))
+    settings = {"method": "full", "cuts": (1, 2, 6), "seed": 4}
+    whole, *cuts = runs.make_rows(settings)
+    assert whole["energy"] == {"encoder.a": [round(9 / 14, 4), round(13 / 14, 4), 1]}
+    assert (
+        whole["rank_90"] == {"encoder.a": 2} == json.loads(json.dumps(whole))["rank_90"]
+    )
+    assert [row["cut"] for row in cuts] == [1, 2, 6]
+    assert all(row["ranks"][0] == 4 for row in cuts), "the seed's own queries"
+    gaps = [(torch.tensor(row["ranks"][1]) - change).norm().item() for row in cuts]
+    assert gaps == pytest.approx([5**0.5, 1, 0], abs=1e-5)
+    kept = [
+        {k: row[k] for k in plan} for row, plan in zip(cuts, runs.planned(settings)[1:])
+    ]
+    assert kept == runs.planned(settings)[1:]
+    assert settings == {"method": "full", "cuts": (1, 2, 6), "seed": 4}, "as it was"
+
+
+# Two adapters of rank 1 on a layer from 2 to 2, with scale 2, put together by hand.
+SUMS = {
+    "both": ("sum", ("numpy", "scipy"), 1.0),
+    "half": ("sum", ("numpy", "scipy"), 0.5),
+    "means": ("average", ("numpy", "scipy"), 0.5),
+    "roots": ("linear", ("numpy", "scipy"), 0.25),
+    "cut": ("rank 8", ("numpy", "scipy"), 1.0),
+}
+B, A = {"numpy": [1.0, 0], "scipy": [0.0, 1]}, {"numpy": [1.0, 0], "scipy": [3.0, 4]}
+BY_HAND = {
+    "both": [[2, 0], [6, 8]],
+    "half": [[1, 0], [3, 4]],
+    "means": [[2, 2], [2, 2]],  # 2 · (1/2, 1/2) times (4/2, 4/2)
+    "roots": [[2, 2], [2, 2]],
+    "cut": [[2, 0], [6, 8]],
+}
+
+
+@pytest.mark.parametrize("start", [-1, 0])
+def test_adapters_and_their_sums(one_layer, start):
+    """Which runs are made, from which starts, and what each sum adds to the base."""
+    log = []
+
+    def make(model, settings):
+        (library,) = settings["libraries"]
+        log.append((library, settings["start"]))
+        (layer,) = core.inject_lora(model, rank=1, alpha=2.0)
+        layer.A.data = torch.tensor([A.get(library, [0.0, 0])])
+        layer.B.data = torch.tensor([B.get(library, [0.0, 0])]).T
+        return None, model, settings | {"ranks": {}}
+
+    one_layer((2, 2), make)
+    settings = {"start": start, "seed": 1, "steps": 3, "sums": SUMS}
+    rows = runs.make_rows(settings)
+    starts = [1, 2, 3, 4, 5, 6, 7] if start < 0 else [0] * 7
+    assert log == list(zip(LIBRARIES, starts))
+    sums = {row["composed"]: row for row in rows[7:]}
+    assert sums.keys() == SUMS.keys()
+    for name, row in sums.items():
+        seed, weight = row["ranks"]
+        assert (row["libraries"], row["start"], seed) == (["numpy", "scipy"], start, 1)
+        torch.testing.assert_close(
+            torch.tensor(weight), torch.tensor(BY_HAND[name]) * 1.0
+        )
+    kept = [
+        {k: row[k] for k in plan} for row, plan in zip(rows, runs.planned(settings))
+    ]
+    assert kept == runs.planned(settings)
+
+
+def test_a_sum_that_is_cut_keeps_its_largest_directions():
+    directions = torch.linalg.qr(torch.randn(20, 12))[0]
+    values = torch.arange(12.0, 0, -1)
+    parts = [
+        {"a": (directions[:, half] * values[half], directions[:, half].T)}
+        for half in (slice(0, 12, 2), slice(1, 12, 2))
+    ]
+    update = runs.joined(parts, "rank 8", 1.0)["a"]
+    expected = torch.cat([values[:8], torch.zeros(12)])
+    torch.testing.assert_close(
+        torch.linalg.svdvals(update), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+# --- What is planned ---
+
+
+def test_what_is_planned():
+    assert runs.planned({"seed": 2}) == [runs.DEFAULTS | {"seed": 2}]
+    first, second = runs.planned({"method": "full", "cuts": (8,)})
+    assert second == first | {"cut": 8}
+
+
+def test_no_run_is_planned_twice():
+    rows = (
+        json.dumps([study, *row.items()])
+        for study, entries in runs.studies().items()
+        for settings in entries
+        for row in runs.planned(settings)
+    )
+    assert Counter(rows).most_common(1)[0][1] == 1
+
+
+def test_a_seed_that_chooses_does_not_report():
+    for study, entries in runs.studies().items():
+        for settings in entries:
+            assert (settings["seed"] in (0, 6)) == (study in ("rates", "alpha"))
+
+
+# --- The file ---
+
+
+def test_recorded_rows_of_a_study(file):
+    rates = [2e-4, 1 / 3, math.pi * 1e-4, 5e-324]  # are read as they were written
+    fast = [ROW | {"study": "rates", "lr": rate} for rate in rates]
+    write(file, ROW, *fast, ROW | {"seed": 2})
+    table = runs.recorded("main")
     assert list(table["seed"]) == [1, 2] and list(table.index) == [0, 1]
     assert list(table["lr"]) == [runs.DEFAULTS["lr"]] * 2, "younger than the row"
     assert table["ranks"][0] == ROW["ranks"]
-    assert list(runs.rows("rates")["lr"] == 3e-4) == [True]
-    assert isinstance(table, pd.DataFrame)
-
-
-def test_figures_are_read_as_they_were_written(file):
-    rates = [2e-4, 1 / 3, math.pi * 1e-4, 5e-324]
-    write(file, *({"study": "x", "lr": rate} for rate in rates))
-    assert list(runs.rows("x")["lr"]) == rates
-
-
-def test_rows_without_a_file(file):
-    with pytest.raises(FileNotFoundError, match="holds no runs: `make experiments`"):
-        runs.rows("main")
-    file.write_text("")
-    with pytest.raises(FileNotFoundError, match="holds no runs"):
-        runs.rows("main")
-
-
-def test_rows_of_a_cut_file(file):
-    write(file, ROW, ROW)
-    file.write_text(file.read_text()[:-9])
-    with pytest.raises(ValueError, match="line 2 of .* is no JSON, cut"):
-        runs.rows("main")
-
-
-def test_rows_of_no_study(file):
-    write(file, ROW)
-    with pytest.raises(ValueError, match=r"study must be one of \['main'\]"):
-        runs.rows("no such study")
+    assert list(runs.recorded("rates")["lr"]) == rates
+    with pytest.raises(ValueError, match=r"study must be one of \['main', 'rates'\]"):
+        runs.recorded("no such study")

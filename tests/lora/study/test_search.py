@@ -6,16 +6,13 @@ random weights and MiniLM's tokenizer.
 
 import importlib
 import importlib.machinery
-import json
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-import unicodedata
 from itertools import islice
-from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -27,6 +24,7 @@ from transformers import BertConfig, BertModel
 
 from lora import core
 from lora.study import search
+from lora.study.docstrings import LIBRARIES, docstring_pairs
 
 NAMES = ["rand perm", "svd", "matrix power", "log norm"]
 SENTENCES = [
@@ -142,14 +140,6 @@ def test_a_file_of_other_bytes_is_refused_before_it_is_loaded(
         search.load_minilm()
 
 
-@pytest.mark.parametrize("name", list(search.SHA256))
-def test_a_missing_file_is_named(name, tmp_path):
-    folder = copied(tmp_path)
-    (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"holds no {name}.*pip install"):
-        search.check_files(folder)
-
-
 def test_only_safetensors_is_read(tmp_path, monkeypatch):
     """A pickle beside them is left alone; without them there is no other way."""
     folder = copied(tmp_path)
@@ -225,189 +215,6 @@ def test_bars_are_seen_unless_they_are_switched_off(disable, seen):
     assert seen or not text, "not a word"
 
 
-# --- The data ---
-
-
-def plain(text):
-    """Lower-case Latin letters only, by another way than the module's."""
-    return [
-        c
-        for c in text.lower()
-        if unicodedata.name(c, "").startswith("LATIN SMALL LETTER ") and c.isascii()
-    ]
-
-
-def all_pairs():
-    return {library: search.docstring_pairs(library) for library in search.LIBRARIES}
-
-
-def test_no_name_stands_in_its_sentence():
-    for pairs in all_pairs().values():
-        for words, sentence in pairs:
-            name = "".join(plain(words))
-            assert name and name not in "".join(plain(sentence)), (words, sentence)
-
-
-def test_no_sentence_stands_twice_in_any_library():
-    sentences = [s for pairs in all_pairs().values() for _, s in pairs]
-    assert len(sentences) == 4000
-    assert len({"".join(plain(s)) for s in sentences}) == len(sentences)
-
-
-def test_no_words_stand_twice_in_a_library():
-    for pairs in all_pairs().values():
-        assert len({words for words, _ in pairs}) == len(pairs)
-
-
-def test_sentences_are_sentences():
-    for pairs in all_pairs().values():
-        for words, sentence in pairs:
-            assert len(sentence.split()) >= 4
-            assert sentence == sentence.strip() and "\n" not in sentence
-            assert "`" not in sentence
-            assert not re.match("(?i)see |alias|deprecated|same as", sentence)
-            assert re.fullmatch(r"[a-z0-9]+( [a-z0-9]+)*", words)
-
-
-def test_each_pair_is_of_the_object_that_it_names():
-    for library, entries in search.documented().items():
-        for name, words, sentence in entries[::10]:
-            module, _, own = name.rpartition(".")
-            found = getattr(importlib.import_module(module), own)
-            assert name.startswith(f"{library}.")
-            assert words == search.words_of(own)
-            letters = "".join(plain(found.__doc__))
-            said = ["".join(plain(word)) for word in sentence.split()]
-            assert all(word in letters for word in said), name
-
-
-ORDER = """
-import hashlib, json, random, sys
-{before}
-from lora.study import search
-pairs = {{library: search.docstring_pairs(library) for library in search.LIBRARIES}}
-print(hashlib.sha256(json.dumps(pairs).encode()).hexdigest())
-"""
-
-
-@pytest.mark.parametrize(
-    ("seed", "before"),
-    [
-        ("1", ""),
-        ("2", "import sentence_transformers, peft, matplotlib.pyplot, scipy.stats"),
-        ("3", "import networkx, sympy, torch.distributed, sklearn.datasets"),
-    ],
-)
-def test_order_depends_on_nothing_that_a_process_draws(seed, before):
-    found = python(ORDER.format(before=before), PYTHONHASHSEED=seed)
-    here = {library: search.docstring_pairs(library) for library in search.LIBRARIES}
-    namespace = {"hashlib": __import__("hashlib"), "json": json}
-    expected = namespace["hashlib"].sha256(json.dumps(here).encode()).hexdigest()
-    assert found == expected, "also: nothing else is printed"
-
-
-def test_reading_draws_no_random_number_and_changes_no_setting():
-    code = """if True:
-    import random, numpy, torch, matplotlib
-    from lora.study import search
-    def state():
-        drawn = random.random(), numpy.random.rand(), torch.rand(1).item()
-        return drawn, dict(matplotlib.rcParams), torch.get_default_dtype()
-    def seed(): random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
-    seed(); before = state()
-    seed(); search.documented(); print(before == state())"""
-    assert python(code) == "True"
-
-
-def test_docstrings_are_there_also_where_python_drops_them():
-    code = "from lora.study import search; print(len(search.docstring_pairs('numpy')))"
-    assert python(code, PYTHONOPTIMIZE="2") == str(len(search.docstring_pairs("numpy")))
-
-
-@pytest.mark.parametrize("library", ["pandas", "", None, ["numpy"], "NumPy"])
-def test_another_library_is_refused(library):
-    with pytest.raises(ValueError, match="library must be one of"):
-        search.docstring_pairs(library)
-
-
-def test_a_missing_library_is_named():
-    code = "import sys; sys.modules['networkx'] = None\nfrom lora.study import search\n"
-    code += "try: search.docstring_pairs('numpy')\n"
-    code += "except ModuleNotFoundError as e: print(e)"
-    assert "networkx" in python(code)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("LogNorm", "log norm"),
-        ("rot90", "rot 90"),
-        ("randperm", "randperm"),
-        ("matrix_power", "matrix power"),
-        ("FFTConvolve", "fft convolve"),
-        ("SVD", "svd"),
-        ("LSTMCell", "lstm cell"),
-        ("L1Loss", "l 1 loss"),
-        ("__len__", "len"),
-    ],
-)
-def test_words_of_a_name(name, words):
-    assert search.words_of(name) == words
-
-
-@pytest.mark.parametrize(
-    ("docstring", "sentence"),
-    [
-        ("One. Two.", "One."),
-        ("  \n One line\n  and more. Then.\n\nNext.", "One line and more."),
-        ("f(x, y=1)\n\nAdd them up.", "Add them up."),
-        ("a.b.f(x) -> y\n\nAdd them up!", "Add them up!"),
-        (".. note:: old\n\nAdd them.", "Add them."),
-        ("Like :func:`~a.b` and :py:class:`T <a.T>` do.", "Like a.b and T do."),
-        ("The ``x`` of `y`.", "The x of y."),
-        ("Version 2.0 of it. End.", "Version 2.0 of it."),
-        ("f(x)", ""),
-        ("", ""),
-    ],
-)
-def test_first_sentence(docstring, sentence):
-    assert search.first_sentence(docstring) == sentence
-
-
-def test_split_is_disjoint_complete_and_fixed():
-    pairs = search.docstring_pairs("numpy")
-    train, choose, test = search.split(pairs, seed=3)
-    assert [len(choose), len(test)] == [50, 150]
-    assert sorted(train + choose + test) == sorted(pairs)
-    assert len({*train, *choose, *test}) == len(pairs)
-    assert search.split(pairs, seed=3) == (train, choose, test)
-    other = search.split(pairs, seed=4)
-    assert other[1] == choose, "those to choose by are always the same"
-    assert other[2] != test
-    assert search.split(iter(pairs), np.int64(3)) == (train, choose, test)
-    assert [len(p) for p in search.split(pairs, 0, 0, 0)] == [len(pairs), 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"test": 39, "validation": 1}, ValueError, "40 pairs are too few"),
-        ({"seed": -1}, ValueError, "seed must be"),
-        ({"seed": None}, ValueError, "seed must be"),
-        ({"test": -1}, ValueError, "test must be"),
-        ({"test": 2.5}, ValueError, "test must be"),
-        ({"validation": -1}, ValueError, "validation must be"),
-        ({"pairs": PAIRS[:30] + PAIRS[:1]}, ValueError, "stands twice"),
-        ({"pairs": []}, ValueError, "at least 1 pairs"),
-        ({"pairs": "ab"}, TypeError, "list of tuples"),
-        ({"pairs": None}, TypeError, "list of tuples"),
-    ],
-)
-def test_split_refuses(settings, error, message):
-    with pytest.raises(error, match=message):
-        search.split(**{"pairs": PAIRS, "test": 5, "validation": 5} | settings)
-
-
 # --- Vectors ---
 
 
@@ -416,7 +223,7 @@ def test_embed_is_sentence_transformers(minilm):
 
     tokenizer, model = minilm
     oracle = SentenceTransformer(str(search.model_folder()), device="cpu")
-    texts = SENTENCES + [s for _, s in search.docstring_pairs("scipy")[:60]]
+    texts = SENTENCES + [s for _, s in docstring_pairs("scipy")[:60]]
     assert len(tokenizer(SENTENCES[3])["input_ids"]) > 256
     expected = oracle.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
     found = search.embed(model, tokenizer, texts, batch=7)
@@ -441,7 +248,7 @@ def test_a_row_does_not_depend_on_its_neighbours(small, tokenizer, batch):
 
 def test_embed_takes_what_holds_strings(small, tokenizer):
     rows = search.embed(small, tokenizer, SENTENCES)
-    for given in (tuple(SENTENCES), iter(SENTENCES), np.array(SENTENCES)):
+    for given in (tuple(SENTENCES), np.array(SENTENCES)):
         torch.testing.assert_close(search.embed(small, tokenizer, given), rows)
     assert search.embed(small, tokenizer, []).shape == (0, 16)
 
@@ -477,24 +284,6 @@ def test_vectors_are_on_the_models_device(tokenizer):
     assert search.embed(Elsewhere(), tokenizer, NAMES).device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"sentences": "one"}, TypeError, "list of strings, got 'one'"),
-        ({"sentences": None}, TypeError, "list of strings"),
-        ({"sentences": 3}, TypeError, "list of strings"),
-        ({"sentences": ["a", None]}, TypeError, r"sentences\[1\] must be a string"),
-        ({"sentences": [b"a"]}, TypeError, "must be a string"),
-        ({"sentences": [("a", "b")]}, TypeError, "must be a string"),
-        ({"batch": 0}, ValueError, "batch must be"),
-        ({"batch": 2.0}, ValueError, "batch must be"),
-    ],
-)
-def test_embed_refuses(small, tokenizer, settings, error, message):
-    with pytest.raises(error, match=message):
-        search.embed(small, tokenizer, **{"sentences": NAMES} | settings)
-
-
 def test_embed_refuses_random_vectors(small, tokenizer):
     with pytest.raises(ValueError, match="dropout is on"):
         search.embed(small.train(), tokenizer, NAMES)
@@ -513,7 +302,7 @@ def test_embed_refuses_random_vectors(small, tokenizer):
 
 def test_batches_are_determined_by_the_seed():
     first = list(islice(search.batches(PAIRS, 4, 1), 30))
-    assert first == list(islice(search.batches(iter(PAIRS), 4, np.int64(1)), 30))
+    assert first == list(islice(search.batches(PAIRS, 4, 1), 30))
     assert first != list(islice(search.batches(PAIRS, 4, 2), 30))
 
 
@@ -538,7 +327,7 @@ def test_what_does_not_fill_a_batch_is_left_out():
 
 def test_a_batch_has_similar_lengths():
     """Of what is drawn at random, most of the padding is saved."""
-    pairs = [p for k in search.LIBRARIES for p in search.docstring_pairs(k)]
+    pairs = [p for k in LIBRARIES for p in docstring_pairs(k)]
 
     def padding(parts):
         sizes = [[len(sentence) for _, sentence in part] for part in parts]
@@ -548,18 +337,10 @@ def test_a_batch_has_similar_lengths():
     assert padding(islice(search.batches(pairs, 32), 120)) < padding(random) / 4
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch": 41}, "at least 41 pairs are needed, got 40"),
-        ({"batch": 0}, "batch must be"),
-        ({"seed": -1}, "seed must be"),
-        ({"seed": None}, "seed must be"),
-    ],
-)
-def test_batches_refuse(settings, message):
-    with pytest.raises(ValueError, match=message):
-        next(search.batches(PAIRS, **settings))
+def test_too_few_pairs_fill_no_batch():
+    assert len(next(search.batches(PAIRS, 40))) == 40
+    with pytest.raises(ValueError, match="^at least 41 pairs are needed, got 40$"):
+        next(search.batches(PAIRS, 41))
 
 
 def unit(n, width, seed):
@@ -571,9 +352,9 @@ def test_the_loss_is_its_formula():
     names, sentences = unit(5, 8, 0).double(), unit(5, 8, 1).double()
     rows = []
     for i in range(5):
-        terms = [math.exp(7 * (names[i] @ s).item()) for s in sentences]
+        terms = [math.exp(20 * (names[i] @ s).item()) for s in sentences]
         rows.append(-math.log(terms[i] / sum(terms)))
-    found = search.contrastive_loss(names, sentences, scale=7.0)
+    found = search.contrastive_loss(names, sentences)
     assert found.item() == pytest.approx(sum(rows) / 5, rel=1e-12)
 
 
@@ -585,7 +366,7 @@ def test_the_loss_and_its_gradients_are_sentence_transformers():
 
     oracle = SentenceTransformer(str(search.model_folder()), device="cpu")
     tokenizer, model = search.load_minilm()
-    pairs = search.docstring_pairs("torch")[:6]
+    pairs = docstring_pairs("torch")[:6]
     sides = [list(side) for side in zip(*pairs)]
     features = [oracle.preprocess(side) for side in sides]
     expected = MultipleNegativesRankingLoss(oracle)(features, labels=None)
@@ -599,12 +380,6 @@ def test_the_loss_and_its_gradients_are_sentence_transformers():
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, theirs[name], atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize("shapes", [((4, 8), (5, 8)), ((4, 8), (4, 7)), ((8,), (8,))])
-def test_the_loss_refuses_what_does_not_pair(shapes):
-    with pytest.raises(ValueError, match=r"must both be \(n, width\)"):
-        search.contrastive_loss(*(torch.ones(shape) for shape in shapes))
 
 
 def test_fine_tune_is_a_plain_loop(small, tokenizer):
@@ -689,109 +464,44 @@ def test_a_few_steps_lower_minilms_loss():
     core.freeze_all(model)
     torch.manual_seed(0)
     core.inject_lora(model, rank=2, alpha=2, targets=r"encoder.*\.dense")
-    pairs = search.docstring_pairs("networkx")[:8]
+    pairs = docstring_pairs("networkx")[:8]
     losses = search.fine_tune(model, tokenizer, pairs, 5, 2e-3, batch=8)
     assert losses[-1] < losses[0] - 0.02
     assert len(losses) == 5 and all(type(loss) is float for loss in losses)
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"steps": 0}, ValueError, "steps must be"),
-        ({"steps": 2.0}, ValueError, "steps must be"),
-        ({"steps": True}, ValueError, "steps must be"),
-        ({"lr": -1e-3}, ValueError, "lr must be"),
-        ({"lr": math.nan}, ValueError, "lr must be"),
-        ({"lr": "1e-3"}, ValueError, "lr must be"),
-        ({"batch": 1}, ValueError, "batch must be"),
-        ({"batch": 41}, ValueError, "at least 41 pairs are needed, got 40"),
-        ({"seed": None}, ValueError, "seed must be"),
-        ({"seed": -1}, ValueError, "seed must be"),
-        ({"weight_decay": -0.1}, ValueError, "weight_decay must be"),
-        ({"weight_decay": math.inf}, ValueError, "weight_decay must be"),
-        ({"pairs": []}, ValueError, "at least 4 pairs"),
-        ({"pairs": "abcd"}, TypeError, "list of tuples"),
-        ({"pairs": ["ab"] * 4}, TypeError, r"pairs\[0\] must be a tuple"),
-        ({"pairs": PAIRS[:4] + [["a", "b"]]}, TypeError, r"pairs\[4\] must be a tuple"),
-        ({"pairs": [("a", "b", "c")] * 4}, TypeError, "must be a tuple"),
-        ({"pairs": [("a", None)] * 4}, TypeError, "must be a tuple"),
-    ],
-)
-def test_fine_tune_refuses(small, tokenizer, settings, error, message):
-    before = state(small)
-    given = {"pairs": PAIRS, "steps": 2, "lr": 1e-3, "batch": 4} | settings
-    with pytest.raises(error, match=message):
-        search.fine_tune(small, tokenizer, **given)
-    assert same(before, state(small))
-    assert all(p.grad is None for p in small.parameters())
-
-
-def test_fine_tune_refuses_when_nothing_can_learn(small, tokenizer):
-    core.freeze_all(small)
-    with pytest.raises(ValueError, match="no parameter of the model requires"):
-        search.fine_tune(small, tokenizer, PAIRS, 1, 1e-3, batch=4)
-    small.pooler.requires_grad_(True)  # no part of an embedding
-    with pytest.raises(ValueError, match="no parameter that requires a gradient has"):
-        search.fine_tune(small, tokenizer, PAIRS, 1, 1e-3, batch=4)
-
-
-def test_a_loss_that_is_not_finite_stops_at_once(small, tokenizer):
-    with torch.no_grad():
-        small.embeddings.LayerNorm.weight[0] = math.nan
-    before = state(small)
-    with pytest.raises(FloatingPointError, match="loss is nan in step 1 of 3 at lr"):
-        search.fine_tune(small, tokenizer, PAIRS, 3, 1e-3, batch=4)
-    after = state(small)
-    assert all(
-        torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in after
-    )
-
-
 # --- Scores ---
 
 
-def brute_force(queries, documents, answers):
-    found = []
-    for query, answer in zip(queries.tolist(), answers):
+def brute_force(queries, documents):
+    ranks = []
+    for i, query in enumerate(queries.tolist()):
         scores = [sum(a * b for a, b in zip(query, d)) for d in documents.tolist()]
-        found.append(1 / sum(s >= scores[answer] for s in scores))
-    return torch.tensor(found)
+        ranks.append(sum(s >= scores[i] for s in scores))
+    return 1 / torch.tensor(ranks)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_reciprocal_ranks_are_counted(seed):
     """Small integers: their products are exact and have many ties."""
     torch.manual_seed(seed)
-    queries, documents = (
-        torch.randint(-1, 2, (n, 3)).to(torch.float32) for n in (8, 20)
-    )
-    answers = torch.randint(20, (8,)).tolist()
-    expected = brute_force(queries, documents, answers)
-    assert torch.equal(search.reciprocal_ranks(queries, documents, answers), expected)
-    own = search.reciprocal_ranks(queries, documents)
-    assert torch.equal(own, brute_force(queries, documents, range(8)))
-    for kind in (torch.tensor, np.array, tuple):
-        again = search.reciprocal_ranks(queries, documents, kind(answers))
-        assert torch.equal(again, expected)
+    both = [torch.randint(-1, 2, (20, 3)).to(torch.float32) for _ in range(2)]
+    assert torch.equal(search.reciprocal_ranks(*both), brute_force(*both))
 
 
 def test_the_mean_is_scikit_learns():
     """With one answer a query, its ranking precision is the mean reciprocal rank."""
-    queries, documents = unit(30, 16, 0), unit(40, 16, 1)
-    answers = torch.randint(40, (30,), generator=torch.Generator().manual_seed(0))
-    truth = nn.functional.one_hot(answers, 40).numpy()
-    expected = label_ranking_average_precision_score(truth, queries @ documents.T)
-    found = search.reciprocal_ranks(queries, documents, answers)
+    queries, documents = unit(30, 16, 0), unit(30, 16, 1)
+    expected = label_ranking_average_precision_score(
+        torch.eye(30).numpy(), queries @ documents.T
+    )
+    found = search.reciprocal_ranks(queries, documents)
     assert found.mean().item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_tie_counts_against_the_model():
     ones = torch.ones(4, 2)
     assert search.reciprocal_ranks(ones, ones).tolist() == [0.25] * 4
-    documents = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
-    found = search.reciprocal_ranks(torch.tensor([[1.0, 0], [0, 1]]), documents, [1, 2])
-    assert found.tolist() == [0.5, 1.0]
 
 
 def test_under_autocast_scores_stay_in_float32():
@@ -801,59 +511,20 @@ def test_under_autocast_scores_stay_in_float32():
         assert torch.equal(search.reciprocal_ranks(queries, documents), expected)
 
 
-BAD = torch.ones(3, 2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"queries": BAD * math.nan}, "queries must .*6 not finite"),
-        ({"documents": BAD * math.inf}, "documents must .*6 not finite"),
-        ({"queries": torch.ones(2)}, "queries must"),
-        ({"queries": torch.ones(0, 2)}, "queries must"),
-        ({"documents": torch.ones(0, 2)}, "documents must"),
-        ({"documents": torch.ones(3, 5)}, "queries have width 2, documents 5"),
-        ({"documents": torch.ones(2, 2)}, r"3 integers in 0 .. 1"),
-        ({"answers": [0, 1, 3]}, r"3 integers in 0 .. 2"),
-        ({"answers": [0, 1, -1]}, r"3 integers in 0 .. 2"),
-        ({"answers": [0, 1]}, r"3 integers in 0 .. 2"),
-        ({"answers": [0.0, 1, 2]}, r"3 integers in 0 .. 2"),
-        ({"answers": [True, True, True]}, r"3 integers in 0 .. 2"),
-        ({"answers": [[0], [1], [2]]}, r"3 integers in 0 .. 2"),
-    ],
-)
-def test_reciprocal_ranks_refuse(settings, message):
-    with pytest.raises(ValueError, match=message):
-        search.reciprocal_ranks(**{"queries": BAD, "documents": BAD} | settings)
-
-
-def test_one_nan_in_one_row_is_refused():
-    bad = torch.ones(3, 2)
-    bad[2, 1] = math.nan
-    with pytest.raises(ValueError, match="1 not finite"):
-        search.reciprocal_ranks(bad, BAD)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_vectors_that_are_not_finite_have_no_rank(bad):
+    one = torch.ones(3, 2)
+    one[2, 1] = bad
+    for given in ((one, torch.ones(3, 2)), (torch.ones(3, 2), one)):
+        with pytest.raises(ValueError, match="a vector is not finite: did its train"):
+            search.reciprocal_ranks(*given)
 
 
 def test_search_score_is_of_names_among_sentences(minilm):
     tokenizer, model = minilm
-    pairs = search.docstring_pairs("matplotlib")[:12]
+    pairs = docstring_pairs("matplotlib")[:12]
     names, sentences = (
         search.embed(model, tokenizer, list(side)) for side in zip(*pairs)
     )
-    expected = brute_force(names, sentences, range(12))
     found = search.search_score(model, tokenizer, pairs)
-    assert torch.equal(found, expected)
-    with pytest.raises(ValueError, match="at least 1 pairs"):
-        search.search_score(model, tokenizer, [])
-    with pytest.raises(TypeError, match="must be a tuple"):
-        search.search_score(model, tokenizer, ["ab"])
-
-
-def test_questions_have_their_answers_in_the_libraries():
-    import csv
-
-    path = Path(search.__file__).parent / "data" / "questions.csv"
-    names = {name for rows in search.documented().values() for name, _, _ in rows}
-    rows = list(csv.reader(path.open()))
-    assert len(rows) == 31
-    assert {answer for _, answer in rows[1:]} <= names
+    assert torch.equal(found, brute_force(names, sentences))
