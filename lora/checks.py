@@ -81,11 +81,7 @@ def no_autocast(device):
     return torch.autocast(device.type if known else "cpu", enabled=False)
 
 
-def has_numbers(tensor):
-    """Whether there are numbers to ask for: not on "meta", nor in fake tensors."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
-
-
 def finite(tensor):
-    """Whether all numbers are finite, or there are none to ask for."""
-    return not has_numbers(tensor) or bool(tensor.isfinite().all())
+    """Whether all numbers are finite, or there are none: on "meta", in fake tensors."""
+    without = tensor.is_meta or isinstance(tensor, FakeTensor)
+    return without or bool(tensor.isfinite().all())
