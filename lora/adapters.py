@@ -46,7 +46,7 @@ EVERYWHERE = []  # and of all
 
 
 def context_of(shared, contexts):
-    """That of these contexts which a model is inside of, or None."""
+    """That of these contexts which the model is inside of, or None."""
     return next((c for c in contexts if c.shared is shared), None)
 
 
@@ -63,17 +63,19 @@ class Adapters(nn.Module):
         self.train(base.training)
 
     def forward(self, x):
-        y, context = self.base(x), context_of(self.shared, HERE.get())
-        if context and context.rows:
-            return self.routed(x, y, *context.rows)
-        update = self.in_use(context)
+        y, (rows, update) = self.base(x), self.in_use()
+        if rows:
+            return self.routed(x, y, *rows)
         return y if update is None else update(x, y)
 
-    def in_use(self, context):
-        """The update that acts on all rows, or None: the base alone."""
-        if context or self.shared.merged or self.shared.active not in self.adapters:
-            return None
-        return self.adapters[self.shared.active]
+    def in_use(self):
+        """What `route` says of the rows, and the update that acts on all; or None."""
+        # while there are none, a compiler need not look up which are of this thread
+        context = context_of(self.shared, HERE.get() if EVERYWHERE else ())
+        name = self.shared.active
+        if context or self.shared.merged or name not in self.adapters:
+            return context and context.rows, None
+        return None, self.adapters[name]
 
     def routed(self, x, y, names, index):
         """Each row of the batch with its own update: two batched products."""
@@ -119,11 +121,10 @@ class Adapters(nn.Module):
         return bases.lazily(self.changed, self.base)
 
     def changed(self, W):
-        context = context_of(self.shared, HERE.get())
-        if context and context.rows:
+        rows, update = self.in_use()
+        if rows:
             message = "a layer's weight was read inside of route, as attention may do"
             raise ValueError(f"{message}: there each row has its own")
-        update = self.in_use(context)
         return W if update is None else update.add_to(W)
 
     bias = property(lambda self: self.base.bias)
@@ -152,11 +153,19 @@ def names_of(layers):
     return list(dict.fromkeys(n for layer in layers.values() for n in layer.adapters))
 
 
-def known(model, what, *names, contexts=EVERYWHERE):
+def once(layers):
+    """Of layers, name -> layer, each under the first of its names."""
+    firsts = {}
+    for name, layer in layers.items():
+        firsts.setdefault(layer, name)
+    return {name: layer for layer, name in firsts.items()}
+
+
+def known(model, what, *names, alone=True):
     """`parts_of` a model that has adapters of these names, and where one can do `what`.
 
-    Raises ValueError for an unknown name, and, unless `what` is None, inside of a
-    context or while an adapter is merged. `contexts`: which contexts count.
+    Raises ValueError for an unknown name, and, unless `what` is None, while an adapter
+    is merged or inside of a context: where one must be `alone`, of any thread's.
     """
     layers, shared = parts_of(model)
     there = names_of(layers)
@@ -164,7 +173,8 @@ def known(model, what, *names, contexts=EVERYWHERE):
         if name not in there:
             listed = ", ".join(map(repr, there)) or "none"
             raise ValueError(f"there is no adapter {name!r}; there are: {listed}")
-    if what and (context := context_of(shared, contexts)):
+    context = context_of(shared, EVERYWHERE if alone else HERE.get())
+    if what and context:
         message = f"cannot {what} inside of {context.kind}: leave it first"
         raise ValueError(f"{message}, in all threads")
     if what and shared.merged:
@@ -278,7 +288,7 @@ def set_adapter(model, name):
 @contextmanager
 def using(model, kind, rows=None):
     """A context of this thread or task alone; afterwards all is as it was."""
-    _, shared = known(model, kind, contexts=HERE.get())
+    _, shared = known(model, kind, alone=False)
     context = Context(shared, kind, rows)
     EVERYWHERE.append(context)
     HERE.set((*HERE.get(), context))
@@ -304,7 +314,7 @@ def route(model, names):
     """
     kinds = list(dict.fromkeys(names))
     adapters = [name for name in kinds if name is not None]
-    known(model, "route", *adapters, contexts=HERE.get())
+    known(model, None, *adapters)
     index = torch.tensor([kinds.index(name) for name in names], device="cpu")
     return using(model, "route", rows=(kinds, index))
 
@@ -391,7 +401,7 @@ def save_adapter(model, name, folder, head=None):
     when they are loaded.
     """
     layers, _ = known(model, None, name)
-    its = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
+    its = {n: m.adapters[name] for n, m in once(layers).items() if name in m.adapters}
     peft_files.write_adapter(Path(folder), its, head)
 
 
@@ -409,14 +419,13 @@ def load_adapter(model, folder, name=None, head=None):
     known(model, "load an adapter")
     check_new_name(model, name)
     places = bases.layers_of(model, wrapper=WRAPPERS)
-    factors, saved_head = peft_files.read_adapter(folder, places, head)
-    chosen = bases.choose(model, factors.__contains__, wrapper=WRAPPERS)
-    check_not_injected(model, chosen)
-    if tied := [place for place in factors if place not in chosen]:
-        message = f"{bases.listed(tied)}: another module uses the weight"
-        raise ValueError(f"{folder} has an adapter that cannot be put there: {message}")
-    updates = {chosen[place]: LowRankUpdate(*parts) for place, parts in factors.items()}
-    attach(model, name, {place: updates[base] for place, base in chosen.items()})
+    factors, saved_head = peft_files.read_adapter(folder, model, once(places), head)
+    check_not_injected(model, factors)
+    for place in factors:
+        bases.check_base(place, places[place])
+    updates = {places[place]: LowRankUpdate(*parts) for place, parts in factors.items()}
+    everywhere = {n: updates[base] for n, base in places.items() if base in updates}
+    attach(model, name, everywhere)
     if head is not None:
         head.load_state_dict(saved_head)
     return name

@@ -72,20 +72,13 @@ class FrozenProduct(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, _, ctx.dense, *stored = inputs
         ctx.save_for_backward(*stored)
-        ctx.save_for_forward(*stored)
 
     @staticmethod
     def backward(ctx, g):
-        x_needs, bias_needs = ctx.needs_input_grad[:2]
+        x_needs, bias_needs, *rest = ctx.needs_input_grad
         x_grad = g @ ctx.dense(*ctx.saved_tensors).to(g.dtype) if x_needs else None
         bias_grad = g.reshape(-1, g.shape[-1]).sum(0) if bias_needs else None
-        return x_grad, bias_grad, *[None] * (1 + len(ctx.saved_tensors))
-
-    @staticmethod
-    def jvp(ctx, x_change, bias_change, *_):
-        if x_change is None:
-            return bias_change
-        return F.linear(x_change, ctx.dense(*ctx.saved_tensors), bias_change)
+        return x_grad, bias_grad, *[None for _ in rest]
 
 
 class NF4Linear(checks.Described):

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 
 import torch
 from safetensors import safe_open
@@ -26,17 +27,18 @@ HEAD = "head.safetensors"
 # made, parts of others that are switched off.
 SAID = ["auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout"]
 SAID += ["megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"]
-# Those that this file honours.
-READ = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"]
-READ += ["target_modules", "exclude_modules"]
+# Those that this file honours: the function, and which layers.
+FUNCTION = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"]
+LAYERS = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"]
 # Those that may be one of these. All others must be off: false, null or empty.
 PLAIN = {"peft_type": ["LORA"], "bias": ["none"]}
 PLAIN["init_lora_weights"] = [True, False, "gaussian", "orthogonal"]
 
 
-def tensor_name(layer, kind):
-    """PEFT's name for A or B of a layer."""
-    return f"base_model.model.{layer}.lora_{kind}.weight"
+def plain_name(name):
+    """A layer's or tensor's name without what PEFT, DDP and torch.compile add."""
+    name = name.replace("_orig_mod.", "").removeprefix("module.")
+    return name.removeprefix("base_model.model.").removeprefix("module.")
 
 
 def write_adapter(folder, adapters, head=None):
@@ -45,8 +47,9 @@ def write_adapter(folder, adapters, head=None):
     Raises ValueError, before anything is written, if a number is not finite, or if
     there is the head of an earlier saving and none is given.
     """
+    adapters = {plain_name(layer): adapter for layer, adapter in adapters.items()}
     weights = {
-        tensor_name(layer, kind): getattr(adapter, kind)
+        f"base_model.model.{layer}.lora_{kind}.weight": getattr(adapter, kind)
         for layer, adapter in adapters.items()
         for kind in ("A", "B")
     }
@@ -56,10 +59,9 @@ def write_adapter(folder, adapters, head=None):
     elif (folder / HEAD).exists():
         message = f"{folder} holds the head of an earlier saving"
         raise ValueError(f"{message}: give head=, or choose another folder")
-    config = json.dumps(peft_config(adapters), indent=2).encode()
-    # The same in all files of one saving.
-    mark = {"format": "pt", "config": hashlib.sha256(config).hexdigest()}
-    new = {CONFIG: config}
+    config = peft_config(adapters)
+    mark = {"format": "pt", "settings": mark_of(config)}
+    new = {CONFIG: json.dumps(config, indent=2).encode()}
     for file, part in parts.items():
         sound = {n: finite(f"cannot save {n}", value) for n, value in part.items()}
         plain = {n: v.detach().cpu().contiguous().clone() for n, v in sound.items()}
@@ -87,105 +89,198 @@ def put_in_place(folder, new):
 
 
 def peft_config(adapters):
-    """The settings of adapters, layer's name -> Adapter, as PEFT reads them."""
-    whole = {name: f"^{re.escape(name)}" for name in adapters}
-    first = next(iter(adapters.values()))
+    """The settings of adapters, layer's name -> update, as PEFT reads them."""
+    ranks = {name: a.rank for name, a in adapters.items()}
+    alphas = {
+        name: float(a.alpha if a.scale == a.alpha / a.rank else a.scale * a.rank)
+        for name, a in adapters.items()
+    }
+    rank, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     return {
         "peft_type": "LORA",
-        "r": int(first.rank),
-        "lora_alpha": float(first.alpha),
+        "r": rank,
+        "lora_alpha": alpha,
         "bias": "none",
         "use_rslora": False,
         "target_modules": "|".join(re.escape(name) for name in adapters),
-        "rank_pattern": {whole[n]: int(a.rank) for n, a in adapters.items()},
-        "alpha_pattern": {whole[n]: float(a.alpha) for n, a in adapters.items()},
+        "rank_pattern": {f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
+        "alpha_pattern": {
+            f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha
+        },
     }
 
 
-def read_adapter(folder, bases, head=None):
+def mark_of(config):
+    """A hash of the settings that decide the function, however they are written.
+
+    It is the same in all files of one saving.
+    """
+    settings = {key: config.get(key) or None for key in FUNCTION}
+    numbers = json.loads(json.dumps(settings), parse_int=float)
+    text = json.dumps(numbers, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_adapter(folder, model, bases, head=None):
     """What `folder` holds, checked: layer's name -> (A, B, alpha), and a head's state.
 
-    `bases` are the model's layers that may have adapters, name -> base. Raises an error
-    if anything does not fit; nothing is changed.
+    `bases` are the layers of `model` that may have adapters, name -> base. The layers
+    are those that the settings name; where these are `None` to `selected`, those that
+    the file of weights holds, as PEFT writes no others. Raises an error if anything
+    does not fit; nothing is changed.
     """
-    config, mark = read_config(folder)
-    alphas, like = {}, {}
-    for name, base in bases.items():
-        if is_target(config, name):
-            rank, alphas[name] = own_settings(config, name)
-            W = dense_weight(base)
-            one = W.new_empty(1, dtype=torch.promote_types(W.dtype, torch.float32))
-            like[tensor_name(name, "A")] = one.expand(rank, base.in_features)
-            like[tensor_name(name, "B")] = one.expand(base.out_features, rank)
-    if not alphas:
-        message = f"{folder / CONFIG}: target_modules={config['target_modules']!r}"
+    config = read_config(folder)
+    file, mark = folder / WEIGHTS, mark_of(config)
+    with safe_open(file, "pt") as stored:
+        held = set(map(plain_name, stored.keys()))
+    names = {plain_name(name): name for name in bases}
+    wanted = selected(config, names)
+    if wanted is None:
+        wanted = [n for n in names if f"{n}.lora_A.weight" in held]
+    if not wanted:
+        message = f"{folder / CONFIG}: target_modules={config['target_modules']!r:.80}"
         raise ValueError(f"{message} names none of {listed(bases)}")
-    tensors = read_tensors(folder / WEIGHTS, like, mark)
-    found = {
-        name: (tensors[tensor_name(name, "A")], tensors[tensor_name(name, "B")], alpha)
-        for name, alpha in alphas.items()
-    }
+    ranks = pattern_values("rank_pattern", config, wanted, config["r"])
+    alphas = pattern_values("alpha_pattern", config, wanted, config["lora_alpha"])
+    like = {}
+    for name in wanted:
+        checks.check_settings(ranks[name], alphas[name])
+        W = dense_weight(bases[names[name]])
+        one = W.new_empty(1, dtype=torch.promote_types(W.dtype, torch.float32))
+        like[f"{name}.lora_A.weight"] = one.expand(ranks[name], W.shape[1])
+        like[f"{name}.lora_B.weight"] = one.expand(len(W), ranks[name])
+    own = base_weights(model, held - like.keys())
+    tensors = read_tensors(file, like | own, mark, plain_name)
+    for name, weight in own.items():
+        if not torch.equal(tensors[name], weight):
+            raise ValueError(f"{file}: {name} is not the weight that the model has")
+    found = {}
+    for name in wanted:
+        A, B = (tensors[f"{name}.lora_{kind}.weight"] for kind in "AB")
+        factor = math.sqrt(ranks[name]) if config.get("use_rslora") else 1
+        found[names[name]] = A, B, alphas[name] * factor
     return found, read_head(folder / HEAD, head, mark)
 
 
+def base_weights(model, keys):
+    """Those of `keys` that are a weight of the base, name in the file -> tensor.
+
+    PEFT writes them beside an adapter of the output layer.
+    """
+    parameters = model.named_parameters(remove_duplicate=False)
+    own = {plain_name(n).replace(".base.", "."): p.detach() for n, p in parameters}
+    plain = {key: key.replace(".base_layer.", ".") for key in keys}
+    return {key: own[name] for key, name in plain.items() if name in own}
+
+
 def read_config(folder):
-    """The settings in `folder`, those of plain LoRA, and the SHA-256 of their file."""
-    data = (folder / CONFIG).read_bytes()
-    config = {"peft_type": None, "lora_alpha": 8} | json.loads(data)
+    """The settings in `folder`: a dictionary, of plain LoRA on linear layers."""
+    there = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else ()
+    for file in (CONFIG, WEIGHTS):
+        if file not in there:
+            found = ", ".join(there) or "nothing"
+            raise FileNotFoundError(f"{folder} holds no {file}; it holds {found}")
+    config = {"peft_type": None, "lora_alpha": 8}
+    config |= json.loads((folder / CONFIG).read_bytes())
     for key, value in config.items():
         is_plain = value in PLAIN[key] if key in PLAIN else not value
-        if not is_plain and key not in SAID + READ:
+        if not is_plain and key not in SAID + FUNCTION + LAYERS:
             message = f"{key} must be {PLAIN.get(key, 'off')} for plain LoRA"
             raise ValueError(f"{folder / CONFIG}: {message}, got {value!r:.80}")
     if config.get("lora_dropout"):
         note = f"lora_dropout={config['lora_dropout']!r} acts in training only: ignored"
         warnings.warn(note, stacklevel=4)
-    return config, hashlib.sha256(data).hexdigest()
+    return config
 
 
-def is_target(config, name):
-    """Whether the settings name this layer, as PEFT understands them."""
-    excluded = config.get("exclude_modules") or []
-    return is_named(config["target_modules"], name) and not is_named(excluded, name)
+def selected(config, names):
+    """Those of `names` that the settings select, by PEFT's rules.
+
+    None if they say it by numbers of layers, or by an expression that is not `quick`.
+    """
+    tests = []
+    for value in (config["target_modules"], config.get("exclude_modules") or []):
+        if not isinstance(value, str):  # names, or their ends
+            tests.append(lambda name, ends=set(value): not ends.isdisjoint(tails(name)))
+        elif None not in (literals := {literal(part) for part in value.split("|")}):
+            tests.append(literals.__contains__)
+        elif quick(value):
+            tests.append(re.compile(value).fullmatch)
+    if len(tests) < 2 or config.get("layers_to_transform") is not None:
+        return None
+    return [name for name in names if tests[0](name) and not tests[1](name)]
 
 
-def is_named(value, name):
-    """PEFT's rule: an expression for the whole name, or a list of names' ends."""
-    if isinstance(value, str):
-        return re.fullmatch(value, name) is not None
-    return any(f".{name}".endswith(f".{end}") for end in value)
+def pattern_values(key, config, names, default):
+    """Layer's name -> value, by PEFT's rule: an expression matches a name's end.
+
+    Raises ValueError where two give a layer different values: PEFT sorts them when it
+    saves, and takes the first. Also for an expression that is not `quick`.
+    """
+    holders, values = {}, {}
+    for name in names:
+        for tail in tails(name):
+            holders.setdefault(tail, []).append(name)
+    for expression, value in (config.get(key) or {}).items():
+        if name := literal(expression):
+            matched = [name] if expression[0] == "^" else holders.get(name, [])
+        elif quick(expression):
+            pattern = re.compile(rf"(.*\.)?({expression})$")
+            matched = [name for name in names if pattern.match(name)]
+        else:
+            raise ValueError(
+                f"{CONFIG}: {key} has an expression too costly to try: "
+                f"{expression!r:.80}"
+            )
+        for name in matched:
+            if values.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{CONFIG}: {key} gives {name} both {values[name]} "
+                    f"and {value}, by {expression!r}"
+                )
+    return dict.fromkeys(names, default) | values
 
 
-def own_settings(config, name):
-    """(rank, alpha / scale · rank) of one layer."""
-    rank = first_match(config.get("rank_pattern"), name, config["r"])
-    alpha = first_match(config.get("alpha_pattern"), name, config["lora_alpha"])
-    checks.check_settings(rank, alpha)
-    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+def tails(name):
+    """A layer's name and what is left of it after each dot."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def first_match(patterns, name, default):
-    """PEFT's rule: the first expression that matches the end of the layer's name."""
-    for expression, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({expression})$", name):
-            return value
-    return default
+def literal(expression):
+    """The name that an expression is, perhaps escaped and after a ^; or None."""
+    if re.fullmatch(r"\^?([\w.-]|\\\W)+", expression):
+        return re.sub(r"\^|\\(?=\W)", "", expression)
 
 
-def read_tensors(file, like, mark):
+def quick(expression):
+    """Whether an expression from a stranger takes no time that one would notice.
+
+    A backtracking search tries all combinations of the choices in it: (a+)+ takes 2^n
+    steps for n letters. So: short, at most two repeats or groups, no repeated group.
+    """
+    bare = re.sub(r"\\.|\[.*?\]", "x", expression).replace("(?:", "(")
+    choices = len(re.findall(r"[*+?{(]", bare))
+    return len(bare) <= 200 and choices <= 2 and not re.search(r"\)[*+?{]", bare)
+
+
+def read_tensors(file, like, mark, rename=str):
     """The tensors of a file, name -> tensor, if they fit those of `like`, no other.
 
-    Each is given the dtype and device of the one in `like`.
+    Each is given the dtype and device of the one in `like`. `rename`: a function of a
+    tensor's name in the file.
     """
     with safe_open(file, "pt") as stored:
-        if (stored.metadata() or {}).get("config", mark) != mark:
+        if (stored.metadata() or {}).get("settings", mark) != mark:
             raise ValueError(f"{file} and {CONFIG} are of two savings")
-        found, wanted = set(stored.keys()), set(like)
-        if found != wanted:
-            here, there = (sorted(s) for s in (found - wanted, wanted - found))
+        found = stored.keys()
+        keys = {rename(key): key for key in found}
+        if keys.keys() != like.keys() or len(keys) < len(found):
+            here = sorted(key for name, key in keys.items() if name not in like)
             message = f"{file} does not fit: it alone has {listed(here)}"
+            there = sorted(like.keys() - keys.keys())
             raise ValueError(f"{message}, the model alone has {listed(there)}")
-        tensors = {name: stored.get_tensor(name) for name in like}
+        tensors = {name: stored.get_tensor(keys[name]) for name in like}
     for name, own in like.items():
         shape = tuple(tensors[name].shape)
         if shape != own.shape:

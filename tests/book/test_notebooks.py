@@ -46,7 +46,7 @@ def test_chapters_open_alike():
         assert re.match(r"# [^\d\n]+\n", notebook.cells[0].source)
         first.add(next(c.source for c in notebook.cells if c.cell_type == "code"))
     assert len(first) == 1, "the first cells differ:\n" + "\n\n".join(first)
-    line = f'    !{{pip}} "deconstructing-lora[book] @ git+{REPOSITORY}"\n'
+    line = f'    !{{pip}} "deconstructing-lora[book] @ git+{REPOSITORY}"'
     assert line in first.pop(), "what Colab installs: the package and its extra"
 
 

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 
 from lora import core, freeze_all, inject_lora
 from lora.adapters import (
+    EVERYWHERE,
     HERE,
     Context,
     Shared,
@@ -685,10 +686,12 @@ def routed(layer, names, rows):
     """`layer` inside of `route`, also for a name that it has no adapter of."""
     context = Context(layer.shared, "route", (names, torch.tensor(rows)))
     token = HERE.set((context,))
+    EVERYWHERE.append(context)
     try:
         yield
     finally:
         HERE.reset(token)
+        EVERYWHERE.remove(context)
 
 
 def by_hand(layer, x, name):
