@@ -71,8 +71,11 @@ def write_adapter(folder, adapters, head=None):
 
 
 def finite(name, tensor):
-    """The tensor, or ValueError if one of its numbers is not finite."""
-    if not tensor.isfinite().all():
+    """The tensor, or ValueError unless it is here, whole, and all finite."""
+    if tensor.is_meta or type(tensor.detach()) is not torch.Tensor:  # sharded or fake
+        kind = type(tensor.detach()).__name__
+        raise ValueError(f"{name}: {kind} on {tensor.device}, not a tensor of numbers")
+    if not checks.finite(tensor):
         raise ValueError(f"{name}: numbers that are not finite")
     return tensor
 
