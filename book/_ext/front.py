@@ -43,16 +43,16 @@ def start():
     return f"""<p class="start">
 <a class="button main" href="{first.path.stem}.html">Start reading</a>
 <a class="button" href="{register.colab(first)}">Run on Colab</a>
-{paper("../", "button")}
+{paper(f"../{PDF.name}", "button")}
 </p>"""
 
 
-def paper(up, kind="link"):
+def paper(address, kind="link"):
     """A link to what `make pdf` printed, where it is there and of today's pages."""
     if not PDF.exists() or PDF.stat().st_mtime < register.last_change():
         return ""
     size = PDF.stat().st_size / 1e6
-    return f'<a class="{kind}" href="{up}{PDF.name}">PDF, {size:.1f} MB</a>'
+    return f'<a class="{kind}" href="{address}">PDF, {size:.1f} MB</a>'
 
 
 def rank_dial():
@@ -169,7 +169,7 @@ def footer(app, pagename, templatename, context, doctree):
         f'<a href="{at}#who-and-under-what-terms">How to cite</a>',
         f"{ran()}, with PyTorch {version('torch')}, Python {PYTHON}",
     ]
-    parts += filter(None, [paper("../" * pagename.count("/"))])
+    parts += filter(None, [paper(context["pathto"](PDF.name, 1))])
     context["theme_extra_footer"] = f'<p class="terms">{" · ".join(parts)}</p>'
 
 
