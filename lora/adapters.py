@@ -278,6 +278,7 @@ def set_adapter(model, name):
     what gradients they had are dropped, so that no optimizer moves them.
     """
     layers, shared = known(model, "set an adapter", *[name] * (name is not None))
+    bases.check_not_parallel(model)
     for layer in layers.values():
         for key, update in layer.adapters.items():
             freeze_all(update) if key != name else update.requires_grad_(True)

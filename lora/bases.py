@@ -12,7 +12,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
+
+from lora import checks
 
 
 @runtime_checkable
@@ -136,6 +139,16 @@ def layers_of(model, kind=nn.Linear, wrapper=()):
     return {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
 
 
+def check_not_parallel(model):
+    """Raise ValueError if a part of `model` is in DistributedDataParallel.
+
+    What trains only afterwards is sent to no other process: the copies drift apart.
+    """
+    if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
+        message = "DistributedDataParallel sends what trained when it was made"
+        raise ValueError(f"{message}: change the model itself, then wrap it again")
+
+
 def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
     """Qualified name -> base, of the layers to adapt: all, or those that are named.
 
@@ -143,11 +156,13 @@ def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
     expressions. A base that is inside a `wrapper` already stands under its name. A
     layer whose weight another module uses is left out, with a warning, and without
     `targets` a warning says which matrices are in no linear layer. Raises ValueError if
-    `model` is itself a layer or none is left, TypeError if one is no base.
+    `model` is itself a layer, is wrapped by DistributedDataParallel, or none is left,
+    TypeError if one is no base.
     """
     if isinstance(model, KINDS):
         name = type(model).__name__
         raise ValueError(f"cannot replace the root {name}: use LoRALinear(module)")
+    check_not_parallel(model)
     layers = layers_of(model, kind, wrapper)
     wanted = matching("targets", targets, layers) if targets is not None else [*layers]
     if exclude is not None:
@@ -268,7 +283,8 @@ def merge(name, base, update):
         got = f"its wrapper has a {own[0]}"
         raise ValueError(f"cannot merge {name}: {got}, which would be lost")
     weight = nn.Parameter(update.add_to(W).detach())
-    if not finite(weight) and all(finite(part) for part in (W, update.A, update.B)):
+    parts = W, update.A, update.B
+    if not checks.finite(weight) and all(map(checks.finite, parts)):
         raise ValueError(f"cannot merge {name}: the sum overflows {weight.dtype}")
     if isinstance(base, DenseWeight):
         layer = nn.Linear(*reversed(weight.shape), device="meta")
@@ -277,8 +293,3 @@ def merge(name, base, update):
     else:  # keeps the class of the base and all but the weight
         layer = copy.deepcopy(base, {id(base.weight): weight})
     return layer.requires_grad_(False).train(update.training)
-
-
-def finite(tensor):
-    """Whether all numbers are finite, or there are none (meta device)."""
-    return tensor.is_meta or bool(tensor.isfinite().all())

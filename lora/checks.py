@@ -5,6 +5,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 
 def check_number(name, value, least=-math.inf, kind=Real):
@@ -75,5 +76,12 @@ def wide(tensor):
 
 def no_autocast(device):
     """A context in which products keep the dtype of their factors."""
-    # There is no autocast on the "meta" device, not even one to switch off.
-    return torch.autocast(device.type.replace("meta", "cpu"), enabled=False)
+    # On some devices, such as "meta", there is no autocast, not even to switch off.
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type if known else "cpu", enabled=False)
+
+
+def finite(tensor):
+    """Whether all numbers are finite, or there are none: on "meta", in fake tensors."""
+    without = tensor.is_meta or isinstance(tensor, FakeTensor)
+    return without or bool(tensor.isfinite().all())

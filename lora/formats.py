@@ -8,6 +8,8 @@ QLoRA, arXiv:2305.14314, section 3. Chapter 6 of the book builds this file.
 import torch
 from torch.nn import functional as F
 
+from lora import checks
+
 # Torch's defaults may be others when this file is imported.
 CPU = {"dtype": torch.float32, "device": "cpu"}
 
@@ -76,7 +78,7 @@ LEVELS = {
 def flat_numbers(tensor):
     """The numbers of a tensor in a row, (n,), in float32; ValueError if not finite."""
     flat = tensor.detach().float().flatten()
-    if not flat.isfinite().all():  # as a scale, an infinity would erase its block
+    if not checks.finite(flat):  # as a scale, an infinity would erase its block
         raise ValueError("a weight must be finite in float32, got an inf or a nan")
     return flat
 

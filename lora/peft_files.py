@@ -63,16 +63,19 @@ def write_adapter(folder, adapters, head=None):
     mark = {"format": "pt", "settings": mark_of(config)}
     new = {CONFIG: json.dumps(config, indent=2).encode()}
     for file, part in parts.items():
-        sound = {n: finite(f"cannot save {n}", value) for n, value in part.items()}
-        plain = {n: v.detach().cpu().contiguous().clone() for n, v in sound.items()}
+        whole = {n: sound(f"cannot save {n}", value) for n, value in part.items()}
+        plain = {n: v.detach().cpu().contiguous().clone() for n, v in whole.items()}
         new[file] = save(plain, mark)
     folder.mkdir(parents=True, exist_ok=True)
     put_in_place(folder, new)
 
 
-def finite(name, tensor):
-    """The tensor, or ValueError if one of its numbers is not finite."""
-    if not tensor.isfinite().all():
+def sound(name, tensor):
+    """The tensor, or ValueError unless it is here, whole, and all finite."""
+    if tensor.is_meta or type(tensor.detach()) is not torch.Tensor:  # sharded or fake
+        kind = type(tensor.detach()).__name__
+        raise ValueError(f"{name}: {kind} on {tensor.device}, not a tensor of numbers")
+    if not checks.finite(tensor):
         raise ValueError(f"{name}: numbers that are not finite")
     return tensor
 
@@ -282,7 +285,7 @@ def read_tensors(file, like, mark, rename=str):
         shape = tuple(tensors[name].shape)
         if shape != own.shape:
             raise ValueError(f"{file}: {name} must be {(*own.shape,)}, got {shape}")
-        tensors[name] = finite(f"{file}: {name}", tensors[name].to(own))
+        tensors[name] = sound(f"{file}: {name}", tensors[name].to(own))
     return tensors
 
 

@@ -18,8 +18,10 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from lora import LoRALinear
-from tools.kit.register import pages
+from tools.kit import bound
+from tools.kit.register import notebooks, pages
 from tools.kit.site import HTML, open_browser, serve
+from tools.run import client_of
 
 IMPORT = """import time, torch
 start = time.process_time()
@@ -99,6 +101,18 @@ def first_paint(browser, url):
     return min(paints)
 
 
+def chapter_rows(notebook):
+    """What a chapter's timed cells measure when executed anew, and their goals."""
+    timed = [i for i, cell in enumerate(notebook.cells) if "bench" in cell.metadata]
+    client = client_of(notebook)
+    with client.setup_kernel():
+        for i, cell in enumerate(notebook.cells[: max(timed, default=-1) + 1]):
+            client.execute_cell(cell, i)
+            goals = cell.metadata.get("bench", {})
+            values = bound.ask(client.kc, [f"float({what})" for what in goals])
+            yield from zip(goals, values, goals.values())
+
+
 def rows():
     """(what, its value, its goal) one after the other."""
     for size, goal in (
@@ -123,6 +137,8 @@ def rows():
             seconds, longest = page.evaluate(TRAIN)
             yield "first run of the laboratory, s on an ordinary core", seconds, 15
             yield "its longest task meanwhile, ms", longest, 50
+    for notebook in notebooks().values():
+        yield from chapter_rows(notebook)
 
 
 def main():

@@ -28,14 +28,9 @@ CHAPTERS = re.compile(r"(?<=<!-- chapters -->\n).*?(?=<!-- /chapters -->)", re.D
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 
 
-def execute(notebook, wanted):
-    """Run all cells in order in a fresh kernel, as a reader in `book/` would.
-
-    Evaluates each cell's keys after the code cell above, and `wanted` at the end.
-    """
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-    client = NotebookClient(
+def client_of(notebook):
+    """What executes a notebook's cells as a reader in `book/` would."""
+    return NotebookClient(
         notebook,
         timeout=900,
         kernel_name="python3",
@@ -43,6 +38,16 @@ def execute(notebook, wanted):
         coalesce_streams=True,
         resources={"metadata": {"path": str(BOOK)}},
     )
+
+
+def execute(notebook, wanted):
+    """Run all cells in order in a fresh kernel, as a reader in `book/` would.
+
+    Evaluates each cell's keys after the code cell above, and `wanted` at the end.
+    """
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    client = client_of(notebook)
     with client.setup_kernel():
         for i, cell in enumerate(notebook.cells):
             client.execute_cell(cell, i, execution_count=None)

@@ -75,6 +75,7 @@ def test_names_of_figures_and_tables_are_unique_in_the_book():
 
 # The checks are checked: a notebook without a fault, and one planted in it.
 
+TIMED = {"nbval_reason": "z" * 20, "bench": {"ratio": 2}}
 FOLD = {"cellView": "form", "jupyter": {"source_hidden": True, "outputs_hidden": True}}
 
 
@@ -97,7 +98,7 @@ def sample():
         "open": cell("x = 1"),
         "fig": cell("fig", "AAAA", mystnb=rich("fig-a")),
         "tab": cell("table", "<table>", mystnb=rich("tab-a")),
-        "timed": cell("assert x", tags=["nbval-ignore-output"], nbval_reason="z" * 20),
+        "timed": cell("x", tags=["nbval-ignore-output"], **TIMED),
         "fold": cell("# @title Plotting code\ny", tags=["hide-input"], **FOLD),
         "answer": cell("# @title Solution 1.1\ny", tags=["hide-cell"], **FOLD),
     }
@@ -143,7 +144,7 @@ def tolerance(cell):
         ("open", tag("nbval-skip"), "skips or weakens nbval"),
         ("open", source("# NBVAL_IGNORE_OUTPUT\nx"), "skips or weakens nbval"),
         ("timed", drop("nbval_reason"), "without a reason"),
-        ("timed", source("check = x"), "no assert beside it"),
+        ("timed", drop("bench"), "no goal for `make bench`"),
         ("timed", drop("tags"), "no tag nbval-ignore-output"),
         ("open", tolerance, "a tolerance without a reason"),
         ("fig", alt(""), "alt text must tell"),
