@@ -7,7 +7,7 @@ PROSE := book lora tests tools $(wildcard *.md) Makefile
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
 .PHONY: help book pdf test style bench mutants sceptic sync experiments again run reproduce
-.PHONY: alone links jupyter clean torch-oldest torch-newest
+.PHONY: alone gpu links jupyter clean torch-oldest torch-newest
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -75,6 +75,9 @@ torch-oldest torch-newest: .venv/installed  # the ends of what pyproject.toml pr
 	$(BIN)/python -m pip install --quiet --upgrade $(if $(findstring oldest,$@),"torch==$$(grep -oP 'torch>=\K[0-9.]+' pyproject.toml).*" "numpy<2.3",torch) --extra-index-url $(TORCH_CPU)
 	$(BIN)/python -m pytest tests/lora
 	$(NBVAL) $(NOTEBOOKS)
+
+gpu: .venv/installed  ## the package's tests and each chapter's first training on a GPU, if there is one
+	$(BIN)/python -m tools.gpu
 
 links: .venv/installed  ## ask every address that the pages link to
 	$(BIN)/jupyter-book build --builder linkcheck .

@@ -71,11 +71,12 @@ def write_adapter(folder, adapters, head=None):
 
 
 def sound(name, tensor):
-    """The tensor, or ValueError unless it is here, whole, and all finite."""
-    if tensor.is_meta or type(tensor.detach()) is not torch.Tensor:  # sharded or fake
-        kind = type(tensor.detach()).__name__
-        raise ValueError(f"{name}: {kind} on {tensor.device}, not a tensor of numbers")
-    if not checks.finite(tensor):
+    """The tensor, or ValueError unless its numbers are all here, and finite."""
+    kind = type(tensor.detach())
+    if tensor.is_meta or kind is not torch.Tensor:  # a fake one, or one that is sharded
+        message = f"{kind.__name__} on {tensor.device}, its numbers are not all here"
+        raise ValueError(f"{name}: {message}")
+    if not tensor.isfinite().all():
         raise ValueError(f"{name}: numbers that are not finite")
     return tensor
 
