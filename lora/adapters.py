@@ -153,14 +153,6 @@ def names_of(layers):
     return list(dict.fromkeys(n for layer in layers.values() for n in layer.adapters))
 
 
-def once(layers):
-    """Of layers, name -> layer, each under the first of its names."""
-    firsts = {}
-    for name, layer in layers.items():
-        firsts.setdefault(layer, name)
-    return {name: layer for layer, name in firsts.items()}
-
-
 def known(model, what, *names, alone=True):
     """`parts_of` a model that has adapters of these names, and where one can do `what`.
 
@@ -186,9 +178,11 @@ def known(model, what, *names, alone=True):
 def check_new_name(model, name):
     """Raise ValueError unless an adapter can be added with this name."""
     if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"name must be a text without dots, got {name!r}")
+        message = f"name must be a text without dots, got {name!r}"
+        raise ValueError(f"{message}: give name=, which is a part of parameters' names")
     if hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"name {name!r} is taken: an nn.ModuleDict has that attribute")
+        message = "nn.ModuleDict, which holds adapters, has an attribute of that name"
+        raise ValueError(f"name {name!r} is taken: {message}: choose another")
     if name in names_of(parts_of(model)[0]):
         raise ValueError(f"there is an adapter {name!r} already")
 
@@ -401,7 +395,7 @@ def save_adapter(model, name, folder, head=None):
     when they are loaded.
     """
     layers, _ = known(model, None, name)
-    its = {n: m.adapters[name] for n, m in once(layers).items() if name in m.adapters}
+    its = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
     peft_files.write_adapter(Path(folder), its, head)
 
 
@@ -419,13 +413,18 @@ def load_adapter(model, folder, name=None, head=None):
     known(model, "load an adapter")
     check_new_name(model, name)
     places = bases.layers_of(model, wrapper=WRAPPERS)
-    factors, saved_head = peft_files.read_adapter(folder, model, once(places), head)
+    factors, saved_head = peft_files.read_adapter(folder, model, places, head)
     check_not_injected(model, factors)
     for place in factors:
         bases.check_base(place, places[place])
-    updates = {places[place]: LowRankUpdate(*parts) for place, parts in factors.items()}
-    everywhere = {n: updates[base] for n, base in places.items() if base in updates}
-    attach(model, name, everywhere)
+    updates = {}  # of bases: one may have several names
+    for place, (A, B, alpha) in factors.items():
+        update = updates.setdefault(places[place], LowRankUpdate(A, B, alpha))
+        if not (update.A.equal(A) and update.B.equal(B) and update.alpha == alpha):
+            raise ValueError(
+                f"{folder}: {place} has another adapter under another name"
+            )
+    attach(model, name, {place: updates[places[place]] for place in factors})
     if head is not None:
         head.load_state_dict(saved_head)
     return name

@@ -65,13 +65,13 @@ class FrozenProduct(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, bias, dense, *stored):
-        return F.linear(x, dense(*stored), bias)
+    def forward(x, bias, dense, codes, scales, wide, mean):
+        return F.linear(x, dense(codes, scales, wide, mean), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, ctx.dense, *stored = inputs
-        ctx.save_for_backward(*stored)
+        ctx.dense = inputs[2]
+        ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx, g):
@@ -119,10 +119,10 @@ class NF4Linear(checks.Described):
         names = ("codes", "scales", "scales_of_scales", "mean")
         return [getattr(self, n) for n in names[: 4 if self.is_double else 2]]
 
-    def dense(self, codes, scales, *more):
+    def dense(self, codes, scales, wide=None, mean=None):
         """W, (out_features, in_features), of the bytes that `stored` returns."""
-        if more:
-            wide, mean = (part.view(torch.float32) for part in more)
+        if wide is not None:
+            wide, mean = (part.view(torch.float32) for part in (wide, mean))
             scales = double_dequantize(scales, wide, mean)
         shape = self.out_features, self.in_features
         weight = dequantize(codes, scales.view(torch.float32), shape, self.block)
@@ -139,7 +139,8 @@ class NF4Linear(checks.Described):
         return bases.LazyWeight(like, self.dense_weight)
 
     def forward(self, x):
-        return FrozenProduct.apply(x, self.bias, self.dense, *self.stored())
+        stored = [*self.stored(), None, None][:4]
+        return FrozenProduct.apply(x, self.bias, self.dense, *stored)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, bias={self.bias is not None}"
