@@ -222,12 +222,12 @@ def pattern_values(key, config, names, default):
     for name in names:
         for tail in tails(name):
             holders.setdefault(tail, []).append(name)
-    patterns = config.get(key) or {}
-    tried = [e for e in patterns if not literal(e)]
+    patterns = (config.get(key) or {}).items()
+    tried = [e for e, _ in patterns if not literal(e)]
     if costly := [e for e in tried if not quick(e)] or tried[50:]:
         message = f"{CONFIG}: {key} has an expression too costly to try"
         raise ValueError(f"{message}: {costly[0]!r:.80}")
-    for expression, value in patterns.items():
+    for expression, value in patterns:
         if name := literal(expression):
             matched = [name] if expression[0] == "^" else holders.get(name, [])
         else:

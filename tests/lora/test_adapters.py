@@ -245,7 +245,7 @@ def test_one_layer_may_be_left():
         (
             {"name": "keys"},
             ValueError,
-            "name 'keys' is taken",
+            "name 'keys' is taken: nn.Mod",
         ),
         ({"name": "training"}, ValueError, "name 'training' is taken"),
         ({"name": "a"}, ValueError, "there is an adapter 'a' already"),

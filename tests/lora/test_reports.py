@@ -1039,7 +1039,7 @@ def test_forward_mode_is_refused():
 def test_quantized_models_are_trained_together():
     models = [quantized_and_injected(i) for i in range(2)]
     copies = [dense(model) for model in models]
-    x, y = numbers(2, 32, 8), torch.arange(64).view(2, 32) % 8
+    x, y = numbers(2, 128, 8), torch.arange(256).view(2, 128) % 8
     losses = [train(group, x, y, epochs=3) for group in (models, copies)]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(models[1][0].B, copies[1][0].B)
