@@ -45,6 +45,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -534,6 +535,47 @@ def test_a_compiled_model_knows_where_it_is():
     with disable_adapters(model):
         assert torch.equal(compiled(x), answers[None])
     assert torch.equal(compiled(x), answers["a"])
+
+
+def recompute(reentrant, run, device="cpu"):
+    """x's gradient through checkpoints inside of `route`; `run` calls `backward`."""
+    model, x, _ = routable()
+    model, x = model.to(device), x.to(device).requires_grad_()
+    with route(model, ["b"] * 4):
+        run(checkpoint(model, x, use_reentrant=reentrant).square().sum().backward)
+    return x.grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_pass_in_another_thread_is_refused(reentrant):
+    """As on a GPU, where it would compute again without the routed adapters."""
+
+    def refused(backward):
+        with pytest.raises(ValueError, match="inside of route a backward pass calls a"):
+            in_thread(lambda: backward())
+
+    def in_thread(function):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(function).result()
+
+    assert recompute(reentrant, refused) is None
+    assert recompute(reentrant, lambda backward: backward()) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_pass_on_a_gpu(reentrant):
+    def refused(backward):
+        with pytest.raises(ValueError, match="inside of route a backward pass calls a"):
+            backward()
+
+    def kept(backward):
+        with torch.autograd.set_multithreading_enabled(False):
+            backward()
+
+    recompute(reentrant, refused, "cuda")
+    got = recompute(reentrant, kept, "cuda").cpu()
+    torch.testing.assert_close(got, recompute(reentrant, lambda backward: backward()))
 
 
 class Experts(nn.Module):
