@@ -269,11 +269,11 @@ NONE = "names none of encoder"
         ({"lora_alpha": math.nan, "alpha_pattern": {}}, "alpha must be a finite"),
         ({"lora_alpha": None, "alpha_pattern": {}}, "alpha must be a finite"),
         ({"lora_alpha": 10**400, "alpha_pattern": {}}, "alpha must be a finite"),
-        ({"rank_pattern": [1]}, "expected string or bytes-like object, got 'int'"),
+        ({"rank_pattern": [1]}, "'list' object has no attribute 'items'"),
         ({"rank_pattern": {"(": 1}}, "unterminated subpattern"),
         ({"rank_pattern": {"query": 7}}, r"must be \(7, 16\), got \(2, 16\)"),
         ({"alpha_pattern": {"^encoder.*": "x"}}, "alpha must be a finite"),
-        ({"alpha_pattern": 3}, "'int' object is not iterable"),
+        ({"alpha_pattern": 3}, "'int' object has no attribute 'items'"),
     ],
 )
 def test_settings_that_cannot_be_honoured(saved, changes, message):
