@@ -50,6 +50,24 @@ def context_of(shared, contexts):
     return next((c for c in contexts if c.shared is shared), None)
 
 
+def context_here(shared):
+    """The context that the model is inside of in this thread or task, or None.
+
+    Raises ValueError in a backward pass that computes a layer again in a thread of its
+    own, as on a GPU, while any context lasts: which it belongs to cannot be known.
+    """
+    if not EVERYWHERE:  # a compiler need not look further
+        return None
+    here, other = (context_of(shared, c) for c in (HERE.get(), EVERYWHERE))
+    if other and not here and torch._C._current_graph_task_id() != -1:
+        message = (
+            f"inside of {other.kind} a backward pass calls a layer in a new thread"
+        )
+        remedy = "torch.autograd.set_multithreading_enabled(False) keeps it in this one"
+        raise ValueError(f"{message}: {remedy}")
+    return here
+
+
 class Adapters(nn.Module):
     """A frozen base, and named updates beside it.
 
@@ -70,9 +88,7 @@ class Adapters(nn.Module):
 
     def in_use(self):
         """What `route` says of the rows, and the update that acts on all; or None."""
-        # while there are none, a compiler need not look up which are of this thread
-        context = context_of(self.shared, HERE.get() if EVERYWHERE else ())
-        name = self.shared.active
+        context, name = context_here(self.shared), self.shared.active
         if context or self.shared.merged or name not in self.adapters:
             return context and context.rows, None
         return None, self.adapters[name]
@@ -266,10 +282,11 @@ def by_pattern(name, patterns, places, default):
 
 
 def set_adapter(model, name):
-    """Use one adapter for all rows from now on; None is the base.
+    """Use one adapter for all rows from now on, in all threads; None is the base.
 
     It alone trains: its A and B require a gradient, those of the others do not, and
-    what gradients they had are dropped, so that no optimizer moves them.
+    what gradients they had are dropped, so that no optimizer moves them. Which one is
+    set is no part of the model's state, as train() and eval() are not.
     """
     layers, shared = known(model, "set an adapter", *[name] * (name is not None))
     bases.check_not_parallel(model)
@@ -302,9 +319,11 @@ def disable_adapters(model):
 def route(model, names):
     """A context in which row i of each batch uses adapter `names[i]`, None the base.
 
-    Rows are the first dimension of what each layer is given. A layer that is given
-    another number of rows raises ValueError. A backward pass that computes activations
-    again (checkpointing) belongs inside the context, too.
+    Rows are the first dimension of what each layer is given; another number of them
+    raises ValueError. Whether they are *these* rows it cannot know: a layer that is
+    given some of the tokens, as an expert is, may get as many by chance. It acts in
+    this thread or task alone. A backward pass that computes activations again
+    (checkpointing) belongs inside, too, on a GPU without threads of its own.
     """
     kinds = list(dict.fromkeys(names))
     adapters = [name for name in kinds if name is not None]

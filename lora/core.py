@@ -96,7 +96,7 @@ class LoRALinear(LowRankUpdate):
     def weight(self):
         """The adapted weight, (d_out, d_in), computed if its numbers are used.
 
-        As attention does. To write into it changes nothing.
+        As attention does. To write into it changes nothing; `.detach()` is a plain one.
         """
         return bases.lazily(self.add_to, self.base)
 

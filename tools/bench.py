@@ -18,6 +18,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from lora import LoRALinear
+from lora.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
 from tools.kit import bound
 from tools.kit.register import notebooks, pages
 from tools.kit.site import HTML, open_browser, serve
@@ -80,6 +81,18 @@ def against_peft(width, count, repetitions):
     return median(times[ours]) / median(times[peft])
 
 
+def layers_time(n):
+    """Seconds to add, save, load and merge an adapter of n layers."""
+    one, other = (nn.ModuleList(nn.Linear(2, 2) for _ in range(n)) for _ in range(2))
+    start = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        add_adapter(one, "a", rank_pattern={".*1": 3})
+        save_adapter(one, "a", folder)
+        load_adapter(other, folder, "b")
+    merge_adapter(other, "b")
+    return time.perf_counter() - start
+
+
 def import_time():
     """Milliseconds of processor time that `import lora` takes beside torch."""
     command = [sys.executable, "-c", IMPORT]
@@ -122,6 +135,9 @@ def rows():
     ):
         yield f"a layer of width {size[0]}, of PEFT's time", against_peft(*size), goal
     yield "import lora, ms beside torch", import_time(), 50
+    few, many = (layers_time(n) for n in (1000, 10_000))
+    yield "an adapter of 10,000 layers, s", many, 60
+    yield "of the time that 1,000 layers take", many / few, 15
     with open_browser() as browser, TemporaryDirectory() as folder:
         Path(folder, "bare.html").write_text(BARE)
         with serve(folder) as url:

