@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +29,11 @@ from lora.adapters import (
     set_adapter,
 )
 from lora.nf4 import quantize_model
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import fully_shard
 
 pytestmark = pytest.mark.unmutated  # mutants are not in the other processes
 
