@@ -114,10 +114,8 @@ class Adapters(nn.Module):
         Filled up with zeros, also for a name that this layer has no update of.
         """
         updates = {n: self.adapters[n] for n in names if n in self.adapters}
-        first, rank = (
-            next(iter(updates.values())),
-            max(u.rank for u in updates.values()),
-        )
+        first = next(iter(updates.values()))
+        rank = max(update.rank for update in updates.values())
         A = first.A.new_zeros(len(names), rank, first.A.shape[1])
         B = first.B.new_zeros(len(names), len(first.B), rank)
         for i, name in enumerate(names):
@@ -423,8 +421,8 @@ def load_adapter(model, folder, name=None, head=None):
 
     By default it is called as the folder is. A saved head is put into the module
     `head`, which must be given then. Names, shapes, dtypes and values are checked
-    before `model` or `head` changes. Nothing is unpickled. Raises ValueError for a
-    file that is cut or foreign, and for settings other than plain LoRA on linear
+    before `model` or `head` changes. Nothing is unpickled. Raises an error for a file
+    that is cut or foreign, and ValueError for settings other than plain LoRA on linear
     layers (`lora.peft_files.PLAIN`).
     """
     folder = Path(folder)
@@ -432,7 +430,11 @@ def load_adapter(model, folder, name=None, head=None):
     known(model, "load an adapter")
     check_new_name(model, name)
     places = bases.layers_of(model, wrapper=WRAPPERS)
-    factors, saved_head = peft_files.read_adapter(folder, model, places, head)
+    try:
+        factors, saved_head = peft_files.read_adapter(folder, model, places, head)
+    except Exception as fault:  # of json or safetensors, which name no file
+        fault.add_note(f"while an adapter was read from {folder}")
+        raise
     check_not_injected(model, factors)
     for place in factors:
         bases.check_base(place, places[place])

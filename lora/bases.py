@@ -161,7 +161,7 @@ def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
     """
     if isinstance(model, KINDS):
         name = type(model).__name__
-        raise ValueError(f"cannot replace the root {name}: use LoRALinear(module)")
+        raise ValueError(f"cannot replace the root {name}: pass what holds it")
     check_not_parallel(model)
     layers = layers_of(model, kind, wrapper)
     wanted = matching("targets", targets, layers) if targets is not None else [*layers]

@@ -122,10 +122,11 @@ def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0, targets=None)
     """
     chosen = bases.choose(module, targets, kind=target_class, wrapper=LoRALinear)
     wrappers, new = {w.base: w for w in bases.find(module, LoRALinear).values()}, []
-    for name, layer in chosen.items():
+    for layer in chosen.values():
         if layer not in wrappers:
             wrappers[layer] = LoRALinear(layer, rank, alpha)
             new.append(wrappers[layer])
+    for name, layer in chosen.items():
         module.set_submodule(name, wrappers[layer])
     return new
 

@@ -42,7 +42,7 @@ def plain_name(name):
 
 
 def write_adapter(folder, adapters, head=None):
-    """Write the adapters, layer's name -> Adapter, and a module `head` into `folder`.
+    """Write updates, layer's name -> update, and a module `head` into `folder`.
 
     Raises ValueError, before anything is written, if a number is not finite, or if
     there is the head of an earlier saving and none is given.

@@ -30,12 +30,15 @@ def training_bytes(
     `trainable` and `frozen` are numbers of parameters; the other arguments are bytes
     for one number (4: float32, 2: bfloat16, 0.5: 4 bits). A trainable parameter costs
     its weight, its gradient and two moments (AdamW's m and v), a frozen one its weight
-    alone: by default 16 bytes against 4. Activations are not counted.
+    alone: by default 16 bytes against 4. Activations are not counted. Raises ValueError
+    for what is no number of at least 0.
     """
+    # as Python's numbers: NumPy's integers would overflow
+    n = {name: check_number(name, value, 0) for name, value in locals().items()}
     return {
-        "weights": trainable * weight_bytes + frozen * frozen_bytes,
-        "gradients": trainable * gradient_bytes,
-        "AdamW m and v": trainable * 2 * moment_bytes,
+        "weights": n["trainable"] * n["weight_bytes"] + n["frozen"] * n["frozen_bytes"],
+        "gradients": n["trainable"] * n["gradient_bytes"],
+        "AdamW m and v": n["trainable"] * 2 * n["moment_bytes"],
     }
 
 
@@ -109,10 +112,15 @@ class RandomSubspace(nn.Module):
 
 
 def lora_parameters(d_in, d_out, rank):
-    """Entries of A (rank, d_in) and B (d_out, rank) together (Hu et al. 2021, §4.1)."""
+    """Entries of A (rank, d_in) and B (d_out, rank) together (Hu et al. 2021, §4.1).
+
+    Raises ValueError unless all three are integers of at least 1.
+    """
+    sizes = {"d_in": d_in, "d_out": d_out, "rank": rank}
+    d_in, d_out, rank = (check_number(n, v, 1, Integral) for n, v in sizes.items())
     return rank * (d_in + d_out)
 
 
 def break_even_rank(d_in, d_out):
     """The rank, a float, at which A and B have as many entries as W (d_out, d_in)."""
-    return d_in * d_out / (d_in + d_out)
+    return int(d_in) * int(d_out) / lora_parameters(d_in, d_out, 1)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora import (
     LoRALinear,
+    core,
     count_total,
     count_trainable,
     freeze_all,
@@ -742,6 +743,22 @@ def test_the_largest_alpha_is_accepted():
     )
 
 
+def test_an_injection_that_breaks_off_replaces_nothing(monkeypatch):
+    """As when memory runs out at the second layer."""
+    model, made = mlp(), []
+
+    def parameter(tensor):
+        made.append(tensor)
+        if len(made) > 2:
+            raise MemoryError
+        return nn.Parameter(tensor)
+
+    monkeypatch.setattr(core.checks, "parameter", parameter)
+    with pytest.raises(MemoryError):
+        inject_lora(model)
+    assert type(model[0]) is type(model[2]) is nn.Linear
+
+
 def test_numbers_of_other_libraries_are_accepted():
     layer = LoRALinear(nn.Linear(2, 2), np.int64(3), np.float32(6))
     assert layer.scale == 2.0 and type(layer.scale) is float
@@ -754,7 +771,7 @@ def test_numbers_of_other_libraries_are_accepted():
             nn.Linear(2, 2),
             {},
             ValueError,
-            r"cannot replace the root Linear: use LoRALinear\(module\)",
+            "cannot replace the root Linear: pass what holds it",
         ),
         (
             nn.Sequential(nn.Tanh()),

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -356,7 +356,7 @@ FIRST = f"base_model.model.{SHORT}"
         (lambda t: t | {FIRST + "x": t[FIRST]}, "it alone has base_model"),
         (
             lambda t: {k: v for k, v in t.items() if k != FIRST},
-            f"has none, .* {SHORT}$",
+            f"(?m)has none, .* {SHORT}$",
         ),
         (lambda t: {}, "model alone has encoder"),
     ],
@@ -724,3 +724,12 @@ def test_the_name_of_what_is_loaded(saved, name):
     with pytest.raises(ValueError, match="name |an adapter 'mine' already"):
         load_adapter(model, saved, name if name != "mine" else None, head=head())
     assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", [peft_files.CONFIG, peft_files.WEIGHTS])
+def test_a_broken_file_is_named_by_its_folder(saved, name):
+    data = (saved / name).read_bytes()
+    (saved / name).write_bytes(data[: len(data) // 2])
+    faults = ValueError, SafetensorError
+    with pytest.raises(faults, match=re.escape(f"was read from {saved}")):
+        load_adapter(small(), saved)

@@ -77,6 +77,29 @@ def test_each_size_has_its_own_line():
 # The best approximation
 
 
+@pytest.mark.parametrize("name", ["trainable", "frozen", *BYTES])
+@pytest.mark.parametrize(
+    "value", [-1, math.inf, np.float32("inf"), np.float16("nan"), "4", None, True]
+)
+def test_training_bytes_refuses(name, value):
+    with pytest.raises(
+        ValueError, match=f"{name} must be a finite number of at least 0"
+    ):
+        training_bytes(**{"trainable": 1, name: value})
+
+
+def test_the_bill_of_numpys_small_integers_does_not_overflow():
+    bill = training_bytes(np.int32(700_000_000), frozen=np.uint8(200))
+    assert bill == training_bytes(700_000_000, frozen=200)
+    assert bill["AdamW m and v"] == 5_600_000_000
+    # float32 has 24 bits: 1e7 + 1 is exact in it, four times as much is not
+    assert training_bytes(np.float32(2**24 - 1))["weights"] == 4 * (2**24 - 1)
+    assert type(bill["weights"]) is int
+
+
+# The best approximation
+
+
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5), (2, 3, 6, 4)])
 def test_truncate_equals_numpy_and_has_its_rank(shape):
     M = matrix(*shape)
@@ -305,3 +328,19 @@ def test_lora_costs_more_exactly_above_the_break_even_rank(d_in, d_out):
     limit = break_even_rank(d_in, d_out)
     for rank in range(1, math.ceil(limit) + 2):
         assert (lora_parameters(d_in, d_out, rank) > d_in * d_out) == (rank > limit)
+
+
+def test_counts_of_numpys_small_integers_do_not_overflow():
+    wide = np.int32(65536)
+    assert lora_parameters(wide, wide, np.int32(65536)) == 65536 * 131072
+    assert break_even_rank(wide, wide) == 32768
+    assert lora_parameters(np.uint8(200), np.uint8(100), np.uint8(2)) == 600
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (2.0, 1, 1), (1, -1, 1), (1, 1, True)])
+def test_what_is_no_size_is_refused(sizes):
+    with pytest.raises(ValueError, match="must be an integer of at least 1, got"):
+        lora_parameters(*sizes)
+    if sizes[2] == 1 and sizes[2] is not True:
+        with pytest.raises(ValueError, match="must be an integer of at least 1, got"):
+            break_even_rank(*sizes[:2])
