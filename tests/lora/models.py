@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 
 def awake(wrapper, seed=0):
@@ -44,3 +45,16 @@ def encoder():
     return nn.TransformerEncoderLayer(
         8, 2, 16, 0.0, batch_first=True, dtype=torch.float64
     )
+
+
+def small(seed=0):
+    """A BERT of two blocks of width 16, drawn from `seed`."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    return BertModel(config, add_pooling_layer=False).eval()

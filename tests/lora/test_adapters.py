@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertModel
 
 from lora import core, freeze_all, inject_lora
 from lora.adapters import (
@@ -33,20 +32,9 @@ from lora.adapters import (
     unmerge_adapter,
 )
 from lora.nf4 import quantize_model
+from tests.lora.models import small
 
 QUERY = r".*\.(query|value)"
-
-
-def small(seed=0):
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-    )
-    return BertModel(config, add_pooling_layer=False).eval()
 
 
 def draw(model, name, seed=1):

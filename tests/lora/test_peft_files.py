@@ -19,21 +19,10 @@ from transformers import BertConfig, BertModel
 
 from lora import peft_files
 from lora.adapters import add_adapter, load_adapter, parts_of, save_adapter, set_adapter
+from tests.lora.models import small
 
 QUERY = r".*\.(query|value)"
 SELF = "encoder.layer.0.attention.self"
-
-
-def small():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-    )
-    return BertModel(config, add_pooling_layer=False).eval()
 
 
 @pytest.fixture(scope="module")
