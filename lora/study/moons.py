@@ -3,8 +3,9 @@
 A network is trained on two interleaved half circles and then adapted to the same two
 half circles rotated by 45 degrees. Chapter 3 of the book runs this experiment. Points
 are (n, 2) tensors without a unit, labels are 0 or 1 in int64, angles are in degrees.
-Everything is float64, so that results agree between machines. scikit-learn is loaded on
-the first call of `two_moons` and not before.
+Everything is float64, so that results agree between machines, drawn on the CPU and then
+moved to PyTorch's default device. scikit-learn is loaded on the first call of
+`two_moons` and not before.
 """
 
 import math
@@ -30,7 +31,8 @@ def two_moons(n=1000, noise=0.15, degrees=0.0, seed=0):
     plain = {"dtype": torch.float64, "device": "cpu"}  # whatever the defaults are
     rotation = torch.tensor([[c, -s], [s, c]], **plain)
     x = torch.from_numpy(points) @ rotation.T  # a row vector p becomes R p
-    return x, torch.from_numpy(labels)
+    there = torch.get_default_device()
+    return x.to(there), torch.from_numpy(labels).to(there)
 
 
 def moons_batch(seeds, n=1000, degrees=0.0):
@@ -50,7 +52,7 @@ def moons_mlp(seed=0):
         linear = partial(nn.Linear, dtype=torch.float32, device="cpu")
         layers = [linear(2, 128), nn.Tanh(), linear(128, 128), nn.Tanh()]
         layers += [linear(128, 128), nn.Tanh(), linear(128, 2)]
-        return nn.Sequential(*layers).double()
+        return nn.Sequential(*layers).double().to(torch.get_default_device())
 
 
 def pretrained(seeds, epochs=60):

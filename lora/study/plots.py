@@ -17,6 +17,18 @@ BLUE, RED, GREEN, ORANGE, SKY, GREY = (
     "#6E6E6E",
 )
 
+# One object, one colour, in all chapters: figures, tables, diagrams, the laboratory.
+FROZEN, A, B = GREY, SKY, GREEN
+BASE, LORA, FULL = GREY, BLUE, RED
+
+
+def panels(n, height=2.6, **options):
+    """A figure and its n axes: abreast on a wide page, stacked on a narrow one.
+
+    `height` of a panel in inches; `options` as for `matplotlib.pyplot.subplots`.
+    """
+    return plt.subplots(n, 1, figsize=(4.3, n * height), **options)
+
 
 def use_book_style():
     """Set matplotlib's defaults: opaque white, 150 dpi, colours paired with dashes."""

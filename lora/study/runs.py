@@ -7,6 +7,7 @@ and a chapter makes some of them again. Chapter 4 of the book builds this file.
 
 import importlib.metadata
 import json
+import math
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ DEFAULTS = {
     "method": "lora",  # or "full", or "none"
     "rank": 8,
     "scale": 1.0,  # alpha / r
+    "init": "randn / r",  # of A; or "kaiming", PEFT's
     "lr": 2e-3,
     "steps": 48,
     "targets": ALL,
@@ -60,7 +62,11 @@ def prepare(model, settings):
         torch.manual_seed(settings["seed"] + 1000 * settings["start"])
         rank = settings["rank"]
         alpha = settings["scale"] * rank
-        core.inject_lora(model, rank=rank, alpha=alpha, targets=settings["targets"])
+        targets = settings["targets"]
+        wrappers = core.inject_lora(model, rank=rank, alpha=alpha, targets=targets)
+        if settings["init"] == "kaiming":
+            for wrapper in wrappers:
+                nn.init.kaiming_uniform_(wrapper.A, a=math.sqrt(5))
 
 
 def layers(model):
@@ -98,7 +104,8 @@ def make_run(**settings):
 
     Settings that are not named are `DEFAULTS`. The row holds them, the rank of each
     query that is reported ("ranks") and of each query to choose by ("chosen"), the loss
-    of each step, and the time of a step in forward passes of the base ("step_time").
+    of each step, the time of a step in forward passes of the base ("step_time"), and
+    the "device" that it was made on: PyTorch's default.
     Raises ValueError for a setting that there is none of.
     """
     if strange := settings.keys() - DEFAULTS.keys():
@@ -121,7 +128,7 @@ def make_run(**settings):
             model, tokenizer, train, steps, lr, seed=seed, weight_decay=decay
         )
     seconds = (time.process_time() - start) / max(1, len(losses))
-    row = settings | {"versions": versions()}
+    row = settings | {"versions": versions(), "device": model.device.type}
     row["step_time"] = round(seconds / min(clock), 2)
     row["losses"] = [round(loss, 3) for loss in losses]
     row["chosen"] = ranks(model, tokenizer, choose)
@@ -153,11 +160,12 @@ def points(row):
 def recorded(study):
     """The recorded rows of one study, a DataFrame, as they were made.
 
-    Settings that are younger than a row have their default. Raises ValueError if there
-    is no such study.
+    Settings that are younger than a row have their default, and what does not name its
+    device was made on a CPU. Raises ValueError if there is no such study.
     """
     lines = DATA.read_text().splitlines()
-    table = pd.DataFrame([DEFAULTS | json.loads(line) for line in lines])
+    older = DEFAULTS | {"device": "cpu"}
+    table = pd.DataFrame([older | json.loads(line) for line in lines])
     if study not in set(table["study"]):
         raise ValueError(f"study must be one of {[*table['study'].unique()]}")
     return table[table["study"] == study].reset_index(drop=True)
@@ -316,6 +324,9 @@ def studies():
         for scale in (8 / r, (8 / r) ** 0.5, 1.0)
         for lr in rates["lora"]
     ]
+    # The same under PEFT's start. Rank 8 is where the rules meet.
+    rule = [run | {"init": "kaiming"} for run in alpha]
+    rule += [lora | {"init": "kaiming", "lr": lr} for lr in rates["lora"]]
     forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
     forms += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
@@ -338,6 +349,7 @@ def studies():
         "ranks": over(five, *(lora | {"rank": r} for r in (1, 2, 4, 16, 64))),
         "longer": over(five, lora | {"steps": 96}),
         "alpha": over((0, 6), *alpha),
+        "rule": over((0, 6), *rule),
         "bases": over(three, {"method": "none"}, *bases),
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
     }

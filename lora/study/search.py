@@ -75,8 +75,9 @@ def check_files(folder):
 def load_minilm():
     """MiniLM's tokenizer and its `transformers` model, in float32, in eval mode.
 
-    Weights and tokenizer are compared with their SHA-256 before anything is loaded;
-    only safetensors is read, and no code that comes with a model is run.
+    The model is on PyTorch's default device. Weights and tokenizer are compared with
+    their SHA-256 before anything is loaded; only safetensors is read, and no code that
+    comes with a model is run.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -86,7 +87,7 @@ def load_minilm():
     model = AutoModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
     )
-    return tokenizer, model.eval()
+    return tokenizer, model.eval().to(torch.get_default_device())
 
 
 def unit_vectors(model, tokenizer, sentences):

@@ -1017,7 +1017,7 @@ def test_a_refusal_says_what_is_there(tmp_path):
     model = stack("q", "v")
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     (tmp_path / "default").mkdir()
-    there = "holds no adapter_config.json; it holds adapter_model.bin, default$"
+    there = "holds no adapter_config.json; it holds adapter_model.bin, default\n"
     with pytest.raises(FileNotFoundError, match=there):
         load_adapter(model, tmp_path, "x")
     saved(tmp_path / "other", ["k"])
