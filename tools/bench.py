@@ -13,12 +13,19 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from lora import LoRALinear
-from lora.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
+from lora.adapters import (
+    add_adapter,
+    delete_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    set_adapter,
+)
 from tools.kit import bound
 from tools.kit.register import notebooks, pages
 from tools.kit.site import HTML, open_browser, serve
@@ -62,23 +69,85 @@ TRAIN = """async () => {
 }"""
 
 
+def ratio(repetitions, ours, peft):
+    """Time of one call over that of another: medians of interleaved runs."""
+    times = {ours: [], peft: []}
+    for _ in range(repetitions):
+        for call, seconds in times.items():
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    return median(times[ours]) / median(times[peft])
+
+
 def against_peft(width, count, repetitions):
-    """Time of one layer, both ways, over PEFT's: medians of interleaved runs."""
+    """Time of one layer, both ways, over PEFT's."""
     base = nn.Linear(width, width).requires_grad_(False)
     config = LoraConfig(r=8, lora_alpha=16)
     ours = LoRALinear(copy.deepcopy(base), 8, 16)
     peft = PeftLinear(copy.deepcopy(base), "a", config, r=8, lora_alpha=16)
     x, gradient = torch.randn(count, width), torch.randn(count, width)
     x.requires_grad_()
-    times = {ours: [], peft: []}
-    for _ in range(repetitions):
-        for layer, seconds in times.items():
-            start = time.perf_counter()
-            layer(x).backward(gradient)
-            seconds.append(time.perf_counter() - start)
-            layer.zero_grad()
-            x.grad = None
-    return median(times[ours]) / median(times[peft])
+
+    def both_ways(layer):
+        layer(x).backward(gradient)
+        layer.zero_grad()
+        x.grad = None
+
+    return ratio(repetitions, lambda: both_ways(ours), lambda: both_ways(peft))
+
+
+def adapters_against_peft():
+    """(what, time over PEFT's) of what one does with two adapters of 24 layers."""
+
+    def stack():
+        return nn.Sequential(*[nn.Linear(256, 256) for _ in range(24)])
+
+    ours, config = stack(), LoraConfig(r=8, target_modules=r"\d+")
+    peft = get_peft_model(stack(), config, "a")
+    peft.add_adapter("b", config)
+    for name in "ab":
+        add_adapter(ours, name, rank=8)
+    set_adapter(ours, "a")
+    x = torch.randn(64, 256)
+    trained = {
+        model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        for model in (ours, peft)
+    }
+
+    def step(model):
+        model(x).square().mean().backward()
+        trained[model].step()
+        trained[model].zero_grad()
+
+    def switch(change):
+        for name in "ba":
+            change(name)
+
+    with TemporaryDirectory() as folder:
+
+        def save_theirs():
+            peft.save_pretrained(f"{folder}/peft", selected_adapters=["a"])
+
+        def load_ours():
+            load_adapter(ours, f"{folder}/ours", "c")
+            delete_adapter(ours, "c")
+
+        def load_theirs():
+            peft.load_adapter(f"{folder}/peft/a", "c")
+            peft.delete_adapter("c")
+
+        for what, here, there in (
+            ("step", lambda: step(ours), lambda: step(peft)),
+            (
+                "switch",
+                lambda: switch(lambda name: set_adapter(ours, name)),
+                lambda: switch(peft.set_adapter),
+            ),
+            ("save", lambda: save_adapter(ours, "a", f"{folder}/ours"), save_theirs),
+            ("load and delete", load_ours, load_theirs),
+        ):
+            yield what, ratio(15, here, there)
 
 
 def layers_time(n):
@@ -134,6 +203,8 @@ def rows():
         ((4096, 256, 25), 1),
     ):
         yield f"a layer of width {size[0]}, of PEFT's time", against_peft(*size), goal
+    for what, value in adapters_against_peft():
+        yield f"{what}, two adapters of 24 layers, of PEFT's time", value, 1
     yield "import lora, ms beside torch", import_time(), 50
     few, many = (layers_time(n) for n in (1000, 10_000))
     yield "an adapter of 10,000 layers, s", many, 60

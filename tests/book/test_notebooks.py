@@ -5,7 +5,7 @@ import re
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools.kit.notebooks import faults, has
+from tools.kit.notebooks import FOLDED, faults, has
 from tools.kit.register import REPOSITORY, ROOT, notebooks
 from tools.run import exports, written
 
@@ -37,6 +37,38 @@ def test_results_are_tables(name):
     code = [c for c in NOTEBOOKS[name].cells if c.cell_type == "code"]
     shown = [c for c in code if "hide-cell" not in c.metadata.get("tags", [])]
     assert sum(has(o, "text/html") for c in shown for o in c.outputs) >= 4
+
+
+def folded(cell):
+    return bool(FOLDED & {*cell.metadata.get("tags", [])})
+
+
+@each
+def test_half_of_the_code_is_in_view(name):
+    """Lines of code without blanks and comments, also those of solutions."""
+    cells = [c for c in NOTEBOOKS[name].cells if c.cell_type == "code"]
+    lines = [re.findall(r"^\s*[^#\s]", c.source, re.MULTILINE) for c in cells]
+    seen = sum(len(found) for found, c in zip(lines, cells) if not folded(c))
+    assert seen >= sum(map(len, lines)) / 2, f"{name}: {seen} lines; drop folded code"
+
+
+@each
+def test_tables_are_few(name):
+    """Tables in view, of Markdown and of results."""
+    cells = NOTEBOOKS[name].cells
+    written = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    shown = [c for c in cells if "hide-cell" not in c.metadata.get("tags", [])]
+    tables = len(re.findall(r"^\|[\s:|-]+\|$", written, re.MULTILINE))
+    tables += sum(has(o, "text/html") for c in shown for o in c.get("outputs", []))
+    assert tables <= 10, f"{name}: {tables} tables; draw them, or say it in a sentence"
+
+
+@each
+def test_a_chapter_has_rules_to_keep(name):
+    cells = NOTEBOOKS[name].cells
+    written = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    rules = re.findall(r"^> \*\*Rule to keep\.\*\* (.+)", written, re.MULTILINE)
+    assert rules, f"{name}: no blockquote that begins with **Rule to keep.**"
 
 
 def test_chapters_open_alike():
