@@ -190,8 +190,8 @@ def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
         if layer in tied:
             note = f"{name} is left as it is: another module uses its weight"
             warnings.warn(note, stacklevel=3)
-    if targets is None and kind is nn.Linear and others:
-        note = f"only linear layers are adapted, left as they are: {others}"
+    if targets is None and issubclass(nn.Linear, kind) and others:
+        note = f"only linear layers are changed, left as they are: {others}"
         warnings.warn(note, stacklevel=3)
     return names
 

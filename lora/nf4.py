@@ -6,8 +6,6 @@ et al. 2023, QLoRA, arXiv:2305.14314, section 3; the bytes are those of bitsandb
 Chapter 6 of the book builds this file.
 """
 
-import warnings
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -155,13 +153,7 @@ def quantize_model(model, targets=None):
     is itself a layer, no layer is left, or a weight is not finite; then nothing has
     changed.
     """
-    kinds, new = (nn.Linear, NF4Linear), {}
-    chosen = bases.choose(model, targets, kind=kinds)
-    layers = bases.layers_of(model, kinds)
-    others = bases.other_matrices(model, layers.values())
-    if targets is None and others:
-        note = f"only linear layers are quantized, left as they are: {others}"
-        warnings.warn(note, stacklevel=2)
+    new, chosen = {}, bases.choose(model, targets, kind=(nn.Linear, NF4Linear))
     for name, layer in chosen.items():
         if layer not in new and not isinstance(layer, NF4Linear):
             try:

@@ -243,7 +243,7 @@ def test_what_is_no_layer_is_said_unless_targets_are_given(arguments):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         inject_lora(model, **arguments)
-    expected = ["only linear layers are adapted, left as they are: 1 Conv1d"]
+    expected = ["only linear layers are changed, left as they are: 1 Conv1d"]
     assert [str(w.message) for w in caught] == ([] if arguments else expected)
 
 
@@ -286,7 +286,7 @@ TEXT = {"input_ids": IDS}
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS}
 SPEECH = {"input_features": torch.ones(2, 4, 16), "decoder_input_ids": IDS}
 TIED = "is left as it is: another module uses its weight"
-LEFT = "only linear layers are adapted, left as they are: "
+LEFT = "only linear layers are changed, left as they are: "
 
 REAL = {  # class, configuration, input, number of adapters, what is said
     "BERT": ("BertForMaskedLM", SMALL, TEXT, 13, [f"cls.predictions.decoder {TIED}"]),

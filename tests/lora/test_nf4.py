@@ -520,7 +520,7 @@ def test_attention_reads_the_weight():
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(64, 2, batch_first=True)
     dense = copy.deepcopy(attention)
-    with pytest.warns(UserWarning, match="only linear layers are quantized"):
+    with pytest.warns(UserWarning, match="only linear layers are changed"):
         quantize_model(attention)
     dense.out_proj.weight.data = attention.out_proj.dense_weight()
     x = torch.randn(2, 5, 64)
