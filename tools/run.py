@@ -91,7 +91,7 @@ def exports(notebook):
     """File name in `book/_static` -> PNG, of each figure that other pages show too."""
     for cell in notebook.cells:
         if "export" in cell.metadata:
-            (png,) = pictures(cell.outputs)
+            (png,) = pictures(cell.outputs, "image/png")
             yield f"{cell.metadata.export}.png", png
 
 

@@ -4,6 +4,7 @@ Directives for `index.md`: `start`, `rank-dial`, `verdicts`, `terms`. The list o
 becomes a table with a filter. When the pages are written, they are made lighter.
 """
 
+import hashlib
 import html
 import logging
 import re
@@ -23,12 +24,15 @@ from docutils.parsers.rst import Directive
 from fontTools import subset
 from fontTools.ttLib import TTFont
 
+from lora.study import plots
 from tools.kit import ledger, register
+from tools.kit.figures import pictures
 
 ROOT, PDF = register.ROOT, register.PDF
 LANDING = "book/index"
 CLAIMS = "book/claims"
 SIDE = 128  # the layers of Chapter 3, and the picture's units
+PHONE = "screen and (max-width: 767px)"  # shows the narrow of a figure's two files
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 PYTHON = "{}.{}".format(*sys.version_info)
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib")
@@ -297,6 +301,19 @@ def size_of(picture):
     return [round(n / per_meter / 0.0254 * 96) for n in size]
 
 
+def narrow_figures(app):
+    """Beside each figure's file the one for a phone, for `lighter` to find."""
+    for name in app.env.found_docs:
+        path = Path(app.env.doc2path(name))
+        cells = nbformat.read(path, 4).cells if path.suffix == ".ipynb" else ()
+        for output in (o for cell in cells for o in cell.get("outputs", ())):
+            if plots.NARROW in output.get("data", {}):
+                wide, narrow = pictures([output])
+                stem = hashlib.sha256(wide).hexdigest()  # as MyST-NB names it
+                file = Path(app.outdir, "_images", f"{stem}-narrow.png")
+                file.write_bytes(narrow)
+
+
 def lighter(text, folder):
     """A page that paints before scripts and pictures have come."""
     text = re.sub(r'\s*<script [^>]*src="[^"]*fontawesome\.js[^>]*></script>', "", text)
@@ -323,6 +340,14 @@ def lighter(text, folder):
                 width, height = size
                 sizes = f'<img width="{width}" height="{height}"'
                 tag = tag.replace("<img", sizes, 1)
+            narrow = file.with_stem(f"{file.stem}-narrow")
+            if narrow.is_file():
+                width, height = size_of(narrow)
+                address = source[1].replace(file.stem, narrow.stem)
+                tag = (
+                    f'<picture><source media="{PHONE}" srcset="{address}"'
+                    f' width="{width}" height="{height}">{tag}</picture>'
+                )
         return tag
 
     return re.sub(r"<img\b[^>]*>", picture, text)
@@ -365,6 +390,7 @@ def lighten(app, exception):
     out, used = Path(app.outdir), set()
     if paper(""):
         shutil.copy(PDF, out)
+    narrow_figures(app)
     static = out / "_static"
     for file in out.rglob("*.html"):
         if "_static" not in file.parts:

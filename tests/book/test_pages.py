@@ -150,6 +150,25 @@ def test_folds_say_what_they_hold(soup, path):
     assert "@title" not in code, f"{path}: book/_ext/cells.py should take the line out"
 
 
+@each_chapter
+def test_a_figure_stands_before_what_made_it(soup, path):
+    """Folds that follow each other are one row, under the output that they made."""
+    for row in soup[f"{path}.html"].article.select(".made"):
+        folded = [
+            fold.summary.get_text() for fold in row.find_all("details", recursive=False)
+        ]
+        assert folded, f"{path}: an empty row"
+        after = row.find_parent(class_="cell").find_next_sibling()
+        assert not after or not after.select_one(":scope > .made:first-child"), (
+            f"{path}: two rows after each other, {folded}: they should be one"
+        )
+    for figure in soup[f"{path}.html"].article.select(".tag_hide-input figure"):
+        fold = figure.find_parent(class_="cell").find("details")
+        assert figure.sourceline < fold.sourceline or (
+            figure.sourcepos < fold.sourcepos
+        ), f"{path}: a fold before {figure['id']}"
+
+
 @each_page
 def test_tables_have_a_frame_and_a_name(soup, path):
     names = []
@@ -206,16 +225,21 @@ def contrast(a, b):
 MEASURE = """async () => {
   await window.MathJax?.startup?.promise;
   const maths = [...document.querySelectorAll('.math')];
-  return {
+  const screens = document.documentElement.scrollHeight / innerHeight;
+  const folds = [...document.querySelectorAll('details:not([open])')];
+  for (const fold of folds) fold.open = true;
+  const fact = {
+    screens,
     formulas: maths.length,
     bare: maths.filter(m => !m.querySelector('mjx-container') ||
       m.querySelector('mjx-merror, math [mathcolor=red]')).map(m => m.textContent),
-    screens: document.documentElement.scrollHeight / innerHeight,
     cut: [...document.querySelectorAll('div.cell_input pre')]
       .filter(p => p.offsetParent && p.scrollWidth > p.clientWidth)
       .map(p => p.textContent.split('\\n'))
       .filter(lines => lines.every(l => l.length <= 88)).map(lines => lines[0]),
   };
+  for (const fold of folds) fold.open = false;
+  return fact;
 }"""
 
 # What came over the wire, and whether the first paint waits for it.
@@ -226,6 +250,8 @@ LOADED = """() => ['navigation', 'resource'].flatMap(
 
 # On a phone: figures that are not all in sight, and how large they are shown.
 PHONE = """async () => {
+  // The browser chooses the narrow of two pictures when it draws the page again.
+  await new Promise(resolve => requestAnimationFrame(() => setTimeout(resolve)));
   const images = [...document.querySelectorAll('.bd-article .cell_output img')]
     .filter(image => !image.matches('.rank-slider *, .rank-slider-still'));
   for (const image of images) { image.loading = 'eager'; await image.decode(); }
@@ -559,3 +585,17 @@ def test_the_slider_moves_through_the_ranks(page, site):
     page.emulate_media(media="print")
     assert still.bounding_box()["width"] > 300, "in print the still figure must show"
     assert not slider.is_visible(), "in print the slider must go; see custom.css"
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(390, "narrow"), (1280, "wide")])
+def test_the_browser_chooses_the_figure_for_its_width(page, site, soup, width, chosen):
+    pages = [path for path in CHAPTERS if soup[f"{path}.html"].select("picture")]
+    if not pages:
+        pytest.skip("no figure of two sizes")
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(f"{site}{pages[0]}.html")
+    image = page.locator("picture img").first
+    image.evaluate("image => { image.loading = 'eager'; return image.decode(); }")
+    assert ("-narrow" in image.evaluate("image => image.currentSrc")) == (
+        chosen == "narrow"
+    )
