@@ -1,7 +1,7 @@
 """The landing page, the claims page, the footer, and what a page weighs.
 
-Directives for `index.md`: `start`, `rank-dial`, `verdicts`, `terms`. The list of claims
-becomes a table with a filter. When the pages are written, they are made lighter.
+Directives for `index.md`: see `setup`. The list of claims becomes a table with a
+filter. When the pages are written, they are made lighter.
 """
 
 import hashlib
@@ -27,11 +27,13 @@ from fontTools.ttLib import TTFont
 from lora.study import plots
 from tools.kit import ledger, register
 from tools.kit.figures import pictures
+from tools.kit.notebooks import minutes
 
 ROOT, PDF = register.ROOT, register.PDF
 LANDING = "book/index"
 CLAIMS = "book/claims"
 SIDE = 128  # the layers of Chapter 3, and the picture's units
+WIDE = "image/png"
 PHONE = "screen and (max-width: 767px)"  # shows the narrow of a figure's two files
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 PYTHON = "{}.{}".format(*sys.version_info)
@@ -86,6 +88,35 @@ B times a flat thin matrix A. Together A and B hold far fewer numbers than W.</t
 <span class="count">Rank <b>{rank}</b>: <b>{thin:,}</b> trained numbers beside
 {SIDE**2:,} frozen ones, <b>{thin / SIDE**2:.1%}</b>.</span></figcaption>
 </figure>"""
+
+
+def contents():
+    """The chapters by number, each with its first picture and what a reader learns."""
+    items = ""
+    for number, chapter in enumerate(register.chapters(), 1):
+        notebook = nbformat.read(chapter.path, as_version=4)
+        image = ""
+        for cell in notebook.cells:
+            if found := pictures(cell.get("outputs", ()), WIDE):
+                tags = " ".join(cell.metadata.get("tags", ()))
+                source = f"../_images/{name_of(found[0])}.png"
+                image = f'<img class="{tags}" src="{source}" alt="">'
+                break
+        name = chapter.path.stem
+        items += f"""<li>
+<a class="picture" href="{name}.html" tabindex="-1" aria-hidden="true">{image}</a>
+<a class="title" href="{name}.html"><b>{number}</b> {html.escape(chapter.title)}</a>
+<p>You learn {html.escape(chapter.learn)}.</p>
+<p class="how">{minutes(notebook)} min ·
+<a href="{register.colab(chapter)}">Colab</a> ·
+<a href="../_sources/book/{chapter.path.name}" download>notebook</a></p></li>
+"""
+    return f'<ol class="contents">\n{items}</ol>'
+
+
+def name_of(picture):
+    """What MyST-NB calls the file of a picture."""
+    return hashlib.sha256(picture).hexdigest()
 
 
 def verdicts():
@@ -148,9 +179,10 @@ Code: <a href="{blob}/LICENSE">MIT</a>.</dd>
 <dd><pre tabindex="0" aria-label="BibTeX entry">{html.escape(bibtex)}</pre>
 <a href="{blob}/CITATION.cff">CITATION.cff</a> has the same for other programs.</dd>
 <dt>What ran</dt>
-<dd>{ran()}, with these versions:
-<table class="versions"><thead><tr><th>Package</th><th>Version</th></tr></thead>
-<tbody>{rows}</tbody></table></dd>
+<dd>{ran()}.
+<details><summary>With these versions</summary><table class="versions">
+<thead><tr><th>Package</th><th>Version</th></tr></thead>
+<tbody>{rows}</tbody></table></details></dd>
 </dl>"""
 
 
@@ -208,6 +240,17 @@ def take_verdict(finding):
     return verdict
 
 
+def after_first_sentence(finding):
+    """Take from the nodes what follows their first sentence, and return it."""
+    for i, node in enumerate(finding):
+        end = isinstance(node, nodes.Text) and re.search(r"[.](?= +\S)", node)
+        if end:
+            rest = [nodes.Text(node[end.end() :].lstrip()), *finding[i + 1 :]]
+            finding[i:] = [nodes.Text(node[: end.end()])]
+            return rest
+    return []
+
+
 def cell(*parts, **options):
     """A cell of a table with one paragraph of these nodes."""
     return nodes.entry("", nodes.paragraph("", "", *parts, **options))
@@ -225,10 +268,12 @@ def row_of(item, number, part):
             places[:0] = [node, raw("<br>")]
     verdict = take_verdict(finding)
 
+    rest = after_first_sentence(finding)
     said = cell(claim, classes=["claim"])
     said += nodes.paragraph("", "", *finding)
-    if checks:
-        said += raw("<details><summary>What asserts it</summary>")
+    if rest or checks:
+        said += raw("<details><summary>In full, and what asserts it</summary>")
+        said += nodes.paragraph("", "", *rest)
         said += [nodes.bullet_list("", *checks), raw("</details>")]
     anchor = nodes.reference("", str(number), refuri=f"#claim-{number}", internal=True)
     badge = nodes.strong("", verdict, classes=["verdict", ledger.key(verdict)])
@@ -309,8 +354,7 @@ def narrow_figures(app):
         for output in (o for cell in cells for o in cell.get("outputs", ())):
             if plots.NARROW in output.get("data", {}):
                 wide, narrow = pictures([output])
-                stem = hashlib.sha256(wide).hexdigest()  # as MyST-NB names it
-                file = Path(app.outdir, "_images", f"{stem}-narrow.png")
+                file = Path(app.outdir, "_images", f"{name_of(wide)}-narrow.png")
                 file.write_bytes(narrow)
 
 
@@ -411,6 +455,7 @@ def setup(app):
     for name, write in [
         ("start", start),
         ("rank-dial", rank_dial),
+        ("contents-of-the-book", contents),
         ("verdicts", verdicts),
         ("terms", terms),
     ]:

@@ -125,11 +125,11 @@ def test_each_claim_is_a_row_with_its_verdict_and_no_word_lost(soup):
         assert [a["href"] for a in places.find_all("a")] == [
             f"{path}.html#{anchor}" for path, anchor in wanted
         ]
-        checks = [code.get_text() for code in said.select("details code")]
+        checks = [code.get_text() for code in said.select("details ul code")]
         assert checks == ledger.checks(claim.source)
         assert not said.select("details[open]"), "what asserts it is folded"
         text = " ".join(cell.get_text(" ") for cell in (said, verdict, places))
-        text = text.replace("What asserts it", "")
+        text = text.replace("In full, and what asserts it", "")
         source = re.sub(r"^\d+\. ", "", claim.source)
         lost = set(words(source)) - set(words(text))
         assert not lost, f"claim {claim.number}: {lost}"

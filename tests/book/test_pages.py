@@ -194,6 +194,18 @@ def test_papers_have_a_text_to_show(book, soup, path):
         )
 
 
+@each_chapter
+def test_terms_are_linked_in_their_one_sense(soup, path):
+    """As the glossary writes them; "we rank" and "reciprocal rank" are not the rank."""
+    for link in soup[f"{path}.html"].article.select("a.term"):
+        target = soup["book/notation.html"].find(id=link["href"].split("#")[1])
+        name = target.get_text().strip().rstrip("#").lower()
+        assert link.get_text().lower() == name, f"{path}: {link}"
+        before = str(link.previous_sibling or "")[-20:].lower()
+        said = before + link.get_text().lower()
+        assert not re.search(r"\b(reciprocal|to|we|can) rank$", said), f"{path}: {said}"
+
+
 @each_page
 def test_comments_show_nowhere(book, soup, path):
     """Neither in a page, nor in its description or what links to it show."""
