@@ -363,6 +363,8 @@ def lighter(text, folder):
     text = re.sub(r'\s*<script [^>]*src="[^"]*fontawesome\.js[^>]*></script>', "", text)
     if not re.search(r'class="[^"]*\bmath\b', text):
         text = re.sub(r"\s*<script [^>]*/mathjax/[^>]*></script>", "", text)
+    sphinx = "searchtools|language_data|sphinx_highlight|searchindex"  # see search.js
+    text = re.sub(rf'\s*<script [^>]*src="[^"]*({sphinx})\.js[^>]*></script>', "", text)
     text = re.sub(r"\s*<link [^>]*sphinx-thebe\.css[^>]*>", "", text)
     text = re.sub(r'<link rel="preload" as="script"[^>]*>\s*', "", text)
     # A script in the page itself needs the options at once, the rest can wait.

@@ -428,19 +428,17 @@ def test_a_search_lands_in_its_section(page, site, path):
     page.goto(f"{site}{PAGES[0]}.html")
     page.keyboard.press("Control+k")
     page.keyboard.type(word)
+    section = f".found a[href*='{path}.html']"
+    page.locator(f"dialog {section}").first.wait_for()  # while one types
     page.keyboard.press("Enter")
-    results = page.locator("#search-results > ul > li")
-    result = results.filter(has=page.locator(f"a[href*='{path}.html']"))
-    links = result.locator("li a")
-    links.first.wait_for()  # the sections in which it is
-    targets = [result.locator("a").first.get_attribute("href")]
-    targets.append(links.last.get_attribute("href"))
-    for target in targets:
-        page.goto(target)
-        # a mark in sight, in its section; see search.js
-        marks = page.wait_for_function(LANDED).json_value()
-        first = re.split(r"\W+", word.lower())[0]
-        assert any(first in mark for mark in marks), f"{target}: marks {marks}"
+    link = page.locator(f"#search-results {section}").first
+    link.wait_for()
+    target = link.get_attribute("href")
+    page.goto(target)
+    # a mark in sight, in its section; see search.js
+    marks = page.wait_for_function(LANDED).json_value()
+    first = re.split(r"\W+", word.lower())[0]
+    assert any(first in mark for mark in marks), f"{target}: marks {marks}"
     # Opened without the word, it has no marks left.
     page.goto(f"{site}{path}.html")
     assert not page.locator(".bd-article mark").count()
@@ -611,3 +609,32 @@ def test_the_browser_chooses_the_figure_for_its_width(page, site, soup, width, c
     assert ("-narrow" in image.evaluate("image => image.currentSrc")) == (
         chosen == "narrow"
     )
+
+
+SEARCHES = (ROOT / "tests/book/searches.csv").read_text().splitlines()[1:]
+
+
+@pytest.mark.parametrize("line", SEARCHES)
+def test_what_people_type_finds_a_section(searched, line):
+    """Among the first three: of that page (0: of any chapter), with these words."""
+    query, page, words = line.split(",")
+    found = searched(query)[:3]
+    assert any(
+        f"book/{page}" in hit["url"]
+        and words.lower() in (hit["text"] + hit["names"]).lower()
+        for hit in found
+    ), f"{query!r} finds {[hit['url'] for hit in found]}; see book/_ext/search.py"
+
+
+@pytest.fixture(scope="module")
+def searched(browser, site):
+    page = browser.new_page()
+    page.goto(f"{site}{PAGES[0]}.html")
+    script = "async (query) => (await findSections(query)).map((hit) => hit.section)"
+    yield cache(lambda query: page.evaluate(script, query))
+    page.close()
+
+
+def test_snippets_have_no_tex(book):
+    text = (book / "_static" / "sections.js").read_text("utf-8")
+    assert not re.findall(r".{20}\\\\[a-zA-Z(\[].{20}", text)
