@@ -2,7 +2,7 @@
    the word, which is marked. Sphinx's own search finds pages; front.py drops it. */
 {
   const wanted = (words) => new RegExp(
-    `(?<![\\p{L}\\p{N}_])(?:${words.map((w) => w.replace(/[^\p{L}\p{N}_]/gu, "\\$&")).join("|")})[\\p{L}\\p{N}_]*`, "giu");
+    `(?<![\\p{L}\\p{N}_])(?:${words.map((w) => w.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")).join("|")})[\\p{L}\\p{N}_]*`, "giu");
   const article = document.querySelector(".bd-article");
   const results = document.getElementById("search-results");
 
