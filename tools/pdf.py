@@ -3,6 +3,8 @@
 The pages of the next `make book` offer the file (book/_ext/front.py).
 """
 
+import re
+
 from tools.kit.register import BASE, PDF, ROOT
 from tools.kit.site import build, open_browser
 
@@ -32,7 +34,8 @@ def print_book(browser):
     # Sphinx puts it into the folder of the first page, with addresses for the root.
     text = (SINGLE / "book" / "index.html").read_text(encoding="utf-8")
     whole = SINGLE / "whole.html"
-    whole.write_text(text.replace('"../_static/', '"_static/'), encoding="utf-8")
+    text = re.sub('"../(_static|_images)/', r'"\1/', text)
+    whole.write_text(text, encoding="utf-8")
     page = browser.new_page(color_scheme="light")
     page.goto(whole.as_uri())
     page.evaluate(READY, BASE)

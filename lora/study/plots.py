@@ -22,12 +22,72 @@ FROZEN, A, B = GREY, SKY, GREEN
 BASE, LORA, FULL = GREY, BLUE, RED
 
 
+# Widths in inches: of a phone, and of the text on a wide page. NARROW is the type of
+# the output for the phone: notebooks show the other, the book's pages choose.
+PHONE, PAGE = 4.3, 7.5
+NARROW = "image/x-narrow+png"
+
+
 def panels(n, height=2.6, **options):
     """A figure and its n axes: abreast on a wide page, stacked on a narrow one.
 
-    `height` of a panel in inches; `options` as for `matplotlib.pyplot.subplots`.
+    `height` of a panel in inches; `options` as for `matplotlib.pyplot.subplots`. Of
+    panels that share an axis, those at the edge have its label, wherever it was set.
     """
-    return plt.subplots(n, 1, figsize=(4.3, n * height), **options)
+    figure, axes = plt.subplots(n, 1, figsize=(PHONE, n * height), **options)
+    figure.panels, figure.height = list(axes), height
+    return figure, axes
+
+
+def arrange(figure, columns):
+    """Set the panels of a figure in so many columns."""
+    axes, rows = figure.panels, -(-len(figure.panels) // columns)
+    figure.set_size_inches(PHONE if columns == 1 else PAGE, rows * figure.height)
+    grid = figure.add_gridspec(rows, columns)
+    shared = {
+        "x": axes[0].get_shared_x_axes().joined(axes[0], axes[-1]),
+        "y": axes[0].get_shared_y_axes().joined(axes[0], axes[-1]),
+    }
+    labels = {
+        side: next(filter(None, (getattr(ax, f"get_{side}label")() for ax in axes)), "")
+        for side in "xy"
+    }
+    for i, ax in enumerate(axes):
+        ax.set_subplotspec(grid[i // columns, i % columns])
+        outer = {"x": i + columns >= len(axes), "y": i % columns == 0}
+        for side, edge in (("x", "labelbottom"), ("y", "labelleft")):
+            if shared[side]:
+                ax.tick_params(axis=side, **{edge: outer[side]})
+                ax.set(**{f"{side}label": labels[side] if outer[side] else ""})
+
+
+def two_sizes(figure):
+    """Let notebooks store a new figure of a phone's width for a wide page, too.
+
+    matplotlib calls it for each figure (`figure.hooks`). What has a size of its own, or
+    axes of a fixed aspect, such as a photograph, stays as it is.
+    """
+
+    def for_the_phone(include=None, exclude=None):
+        from IPython.core.pylabtools import print_figure  # only Jupyter calls it
+
+        panels, fixed = (
+            hasattr(figure, "panels"),
+            "auto" not in {ax.get_aspect() for ax in figure.axes},
+        )
+        if round(figure.get_figwidth(), 2) != PHONE or (fixed and not panels):
+            return {}
+        if panels:
+            arrange(figure, 1)
+        narrow = print_figure(figure, base64=True)
+        if panels:
+            n = len(figure.panels)
+            arrange(figure, n if n < 4 else -(-n // 2))
+        else:
+            figure.set_figwidth(PAGE)
+        return {NARROW: narrow}
+
+    figure._repr_mimebundle_ = for_the_phone
 
 
 def use_book_style():
@@ -36,7 +96,8 @@ def use_book_style():
     lines += cycler(linestyle=["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))])
     plt.rcParams.update(
         {
-            "figure.figsize": (4.3, 2.9),
+            "figure.figsize": (PHONE, 2.9),
+            "figure.hooks": ["lora.study.plots:two_sizes"],
             "figure.dpi": 150,
             "figure.constrained_layout.use": True,
             "figure.facecolor": "white",

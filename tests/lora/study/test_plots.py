@@ -1,10 +1,17 @@
 """`lora.study.plots`: what a figure shows, as numbers, and the style's promises."""
 
+import io
+from base64 import b64decode
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
+from IPython.core.pylabtools import print_figure
+from matplotlib.figure import Figure
+from PIL import Image
 
-from lora.study.plots import drawn, use_book_style
+from lora.study.plots import NARROW, arrange, drawn, panels, use_book_style
 
 
 @pytest.fixture
@@ -39,7 +46,80 @@ def test_intervals_and_bands_count(axes):
     assert 7 in drawn(axes.figure)[len(before) :]
 
 
-def test_figures_fit_a_phone(axes):
-    assert axes.figure.get_size_inches()[0] <= 4.3
+def outputs(figure):
+    """Kind -> width and height in inches of what a notebook stores of a figure."""
+    formatter = DisplayFormatter()
+    png = formatter.formatters["image/png"]
+    png.for_type(Figure, lambda figure: print_figure(figure, base64=True))
+    data, _ = formatter.format(figure, include=["image/png", NARROW])
+    return {
+        kind: tuple(n / 150 for n in Image.open(io.BytesIO(b64decode(png))).size)
+        for kind, png in data.items()
+    }
+
+
+def texts(axes):
+    """The labels of each panel, and whether its ticks have numbers."""
+    numbers = [
+        [
+            bool(axis.get_tick_params()[edge])
+            for ax in axes
+            for axis in [getattr(ax, name)]
+        ]
+        for name, edge in (("xaxis", "labelbottom"), ("yaxis", "labelleft"))
+    ]
+    labels = [[ax.get_xlabel() for ax in axes], [ax.get_ylabel() for ax in axes]]
+    return labels, numbers
+
+
+def test_a_figure_has_two_sizes(axes):
+    axes.plot([1, 2])
+    found = outputs(axes.figure)
+    assert found[NARROW] == pytest.approx((4.3, 2.9), abs=0.2)
+    assert found["image/png"] == pytest.approx((7.5, 2.9), abs=0.2)
     assert plt.rcParams["font.size"] == 10
     assert plt.rcParams["savefig.facecolor"] == "white"
+
+
+def test_a_photograph_has_one_size(axes):
+    axes.imshow(np.ones((8, 9)))
+    assert outputs(axes.figure).keys() == {"image/png"}
+
+
+@pytest.mark.parametrize(("n", "rows"), [(2, 1), (3, 1), (4, 2), (5, 2)])
+def test_panels_are_abreast_and_stacked(n, rows):
+    use_book_style()
+    figure, axes = panels(n, height=2)
+    for ax in axes:
+        ax.plot([1, 2])
+    before, found = drawn(figure), outputs(figure)
+    assert found["image/png"] == pytest.approx((7.5, 2 * rows), abs=0.3)
+    assert found[NARROW] == pytest.approx((4.3, 2 * n), abs=0.3)
+    assert drawn(figure) == before
+    plt.close(figure)
+
+
+def test_panels_that_share_an_axis_are_labelled_at_the_edge():
+    use_book_style()
+    figure, axes = panels(2, sharex=True, sharey=True)
+    axes[0].set(ylabel="loss")
+    axes[1].set(xlabel="step")
+    arrange(figure, 1)
+    assert texts(axes) == (
+        [["", "step"], ["loss", "loss"]],
+        [[False, True], [True, True]],
+    )
+    arrange(figure, 2)
+    assert texts(axes) == (
+        [["step", "step"], ["loss", ""]],
+        [[True, True], [True, False]],
+    )
+    plt.close(figure)
+
+
+def test_panels_with_axes_of_their_own_keep_their_labels():
+    figure, axes = panels(2)
+    axes[0].set(xlabel="rank", ylabel="loss")
+    arrange(figure, 2)
+    assert texts(axes)[0] == [["rank", ""], ["loss", ""]]
+    plt.close(figure)
