@@ -6,12 +6,20 @@ from base64 import b64decode
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from IPython.core.formatters import DisplayFormatter
 from IPython.core.pylabtools import print_figure
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lora.study.plots import NARROW, arrange, drawn, panels, use_book_style
+from lora.study.plots import (
+    NARROW,
+    arrange,
+    boundary,
+    drawn,
+    panels,
+    use_book_style,
+)
 
 
 @pytest.fixture
@@ -123,3 +131,27 @@ def test_panels_with_axes_of_their_own_keep_their_labels():
     arrange(figure, 2)
     assert texts(axes)[0] == [["rank", ""], ["loss", ""]]
     plt.close(figure)
+
+
+def test_a_boundary_is_drawn_where_the_classifier_changes_its_mind(axes):
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
+    boundary(
+        axes,
+        lambda p: torch.stack([torch.zeros(len(p)), 9 * (p[:, 0] - 1.5)], 1),
+        x,
+        torch.tensor([0, 1, 0]),
+    )
+    image = axes.images[0].get_array()
+    assert image.shape == (80, 80) and image[0, 0] < 0.01 and image[0, -1] > 0.99
+    low, high, *_ = axes.images[0].get_extent()
+    assert low < 0 and high > 2  # the points lie inside
+    points = {tuple(p) for c in axes.collections for p in c.get_offsets().tolist()}
+    assert {(0.0, 0.0), (2.0, 0.0), (1.0, 1.0)} <= points
+    (line,) = (
+        p
+        for c in axes.collections
+        if not len(c.get_offsets()) > 1
+        for p in c.get_paths()
+        if len(p.vertices) > 9
+    )
+    assert line.vertices[:, 0] == pytest.approx(1.5, abs=0.03)
