@@ -54,6 +54,16 @@ def boundary(ax, model, x, y, shown=200):
     ax.grid(False)
 
 
+def intervals(ax, rows, color=LORA):
+    """A dot with its interval for each of `rows`, label -> (mean, low, high), down."""
+    for i, (mean, low, high) in enumerate(rows.values()):
+        ax.plot([low, high], [i, i], color=color, ls="-")
+        ax.plot(mean, i, "o", color=color)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.axvline(0, color="black", lw=1, ls="--")
+
+
 def use_book_style():
     """Set matplotlib's defaults: opaque white, 150 dpi, colours paired with dashes."""
     lines = cycler(color=[BLUE, RED, GREEN, ORANGE, SKY, GREY])
