@@ -1,6 +1,7 @@
 """One look for all figures: colours safe for the colour-blind and in grey, on white."""
 
 import matplotlib.pyplot as plt
+import torch
 from cycler import cycler
 from matplotlib.collections import Collection
 from matplotlib.image import AxesImage
@@ -28,6 +29,29 @@ def panels(n, height=2.6, **options):
     `height` of a panel in inches; `options` as for `matplotlib.pyplot.subplots`.
     """
     return plt.subplots(n, 1, figsize=(4.3, n * height), **options)
+
+
+@torch.no_grad()
+def boundary(ax, model, x, y, shown=200):
+    """Draw a classifier of the plane: where it says class 1, and points of both.
+
+    `model` maps (n, 2) to two logits. White is undecided, the line is where it changes
+    its mind. Of the points x (n, 2) with labels y (n,) the first `shown` are drawn.
+    """
+    low, high = x.amin(0) - 0.4, x.amax(0) + 0.4
+    across, up = (torch.linspace(a.item(), b.item(), 80) for a, b in zip(low, high))
+    grid = torch.cartesian_prod(across, up).to(x)
+    sure = model(grid).softmax(1)[:, 1].view(80, 80).T.cpu().numpy()
+    extent = (across[0].item(), across[-1].item(), up[0].item(), up[-1].item())
+    look = {"cmap": "PuOr", "alpha": 0.5, "interpolation": "bilinear"}
+    ax.imshow(
+        sure, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", **look
+    )
+    ax.contour(sure, [0.5], origin="lower", extent=extent, colors="black")
+    for label, marker, color in ((0, "o", "#7f3b08"), (1, "^", "#2d004b")):
+        mine = x[:shown][y[:shown] == label].cpu().numpy()
+        ax.scatter(*mine.T, s=9, c=color, marker=marker, linewidths=0)
+    ax.grid(False)
 
 
 def use_book_style():

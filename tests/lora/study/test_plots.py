@@ -3,8 +3,9 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
-from lora.study.plots import drawn, use_book_style
+from lora.study.plots import boundary, drawn, use_book_style
 
 
 @pytest.fixture
@@ -43,3 +44,27 @@ def test_figures_fit_a_phone(axes):
     assert axes.figure.get_size_inches()[0] <= 4.3
     assert plt.rcParams["font.size"] == 10
     assert plt.rcParams["savefig.facecolor"] == "white"
+
+
+def test_a_boundary_is_drawn_where_the_classifier_changes_its_mind(axes):
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
+    boundary(
+        axes,
+        lambda p: torch.stack([torch.zeros(len(p)), 9 * (p[:, 0] - 1.5)], 1),
+        x,
+        torch.tensor([0, 1, 0]),
+    )
+    image = axes.images[0].get_array()
+    assert image.shape == (80, 80) and image[0, 0] < 0.01 and image[0, -1] > 0.99
+    low, high, *_ = axes.images[0].get_extent()
+    assert low < 0 and high > 2  # the points lie inside
+    points = {tuple(p) for c in axes.collections for p in c.get_offsets().tolist()}
+    assert {(0.0, 0.0), (2.0, 0.0), (1.0, 1.0)} <= points
+    (line,) = (
+        p
+        for c in axes.collections
+        if not len(c.get_offsets()) > 1
+        for p in c.get_paths()
+        if len(p.vertices) > 9
+    )
+    assert line.vertices[:, 0] == pytest.approx(1.5, abs=0.03)
