@@ -31,6 +31,43 @@ def panels(n, height=2.6, **options):
     return plt.subplots(n, 1, figsize=(4.3, n * height), **options)
 
 
+def layer():
+    """Draw a LoRA layer: the frozen W above, the detour through A and B below."""
+    figure, ax = plt.subplots(figsize=(4.3, 2.4))
+    ax.axis("off")
+    ax.set(xlim=(0, 10), ylim=(-0.2, 5.2), aspect="equal")
+    for (x, y, width, height), text, color, ink in [
+        ((3.1, 2.6, 2.4, 2.4), "W\nfrozen", FROZEN, "white"),
+        ((2.3, 0.8, 2.2, 0.7), "A", A, "black"),
+        ((6.6, 0.0, 0.7, 2.2), "B", B, "white"),
+    ]:
+        box = plt.Rectangle((x, y), width, height, facecolor=color, edgecolor="black")
+        ax.add_patch(box)
+        middle = x + width / 2, y + height / 2
+        ax.text(*middle, text, ha="center", va="center", color=ink)
+    for x, y, text, size in [
+        (5.55, 1.15, r"$\times\,\alpha / r$", 10),
+        (3.4, 0.3, r"$r \times d_{in}$", 10),
+        (8.35, 0.2, r"$d_{out} \times r$", 10),
+        (6.6, 4.6, r"$d_{out} \times d_{in}$", 10),
+        (0.3, 2.5, "x", 13),
+        (8.7, 2.5, "+", 15),
+        (9.8, 2.5, "y", 13),
+    ]:
+        ax.text(x, y, text, ha="center", va="center", fontsize=size)
+    for start, end in [
+        ((0.5, 2.6), (3.05, 3.8)),
+        ((0.5, 2.4), (2.25, 1.15)),
+        ((4.5, 1.15), (4.85, 1.15)),
+        ((6.2, 1.15), (6.55, 1.15)),
+        ((5.55, 3.8), (8.45, 2.7)),
+        ((7.35, 1.15), (8.45, 2.3)),
+        ((8.95, 2.5), (9.55, 2.5)),
+    ]:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "linewidth": 1.5})
+    return figure
+
+
 @torch.no_grad()
 def boundary(ax, model, x, y, shown=200):
     """Draw a classifier of the plane: where it says class 1, and points of both.

@@ -1,10 +1,12 @@
 """`lora.study.plots`: what a figure shows, as numbers, and the style's promises."""
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
+from lora.study import plots
 from lora.study.plots import boundary, drawn, use_book_style
 
 
@@ -68,3 +70,14 @@ def test_a_boundary_is_drawn_where_the_classifier_changes_its_mind(axes):
         if len(p.vertices) > 9
     )
     assert line.vertices[:, 0] == pytest.approx(1.5, abs=0.03)
+
+
+def test_the_diagram_has_the_parts_of_a_layer_in_their_colours():
+    figure = plots.layer()
+    (ax,) = figure.axes
+    colours = [matplotlib.colors.to_hex(p.get_facecolor()).upper() for p in ax.patches]
+    assert colours == [plots.FROZEN, plots.A, plots.B]
+    wide, thin, tall = (p.get_bbox() for p in ax.patches)
+    assert thin.height < wide.height / 3 and tall.width < wide.width / 3
+    assert {"W\nfrozen", "A", "B", "x", "+", "y"} <= {t.get_text() for t in ax.texts}
+    plt.close(figure)
