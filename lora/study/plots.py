@@ -91,6 +91,24 @@ def boundary(ax, model, x, y, shown=200):
     ax.grid(False)
 
 
+def dots(ax, groups, labels):
+    """Dots with intervals, a row for each label, in the colour and form of their group.
+
+    `groups`: name -> (mean, low, high) for each of the labels, from the top.
+    """
+    looks = zip((BLUE, ORANGE, RED, GREEN), "os^D")
+    for j, ((name, values), (color, marker)) in enumerate(zip(groups.items(), looks)):
+        for i, (mean, low, high) in enumerate(values):
+            y = i + 0.2 * (j - (len(groups) - 1) / 2)
+            ax.plot([low, high], [y, y], "-", color=color, linewidth=1.4)
+            ax.plot(
+                [mean], [y], marker, color=color, ms=5, label=name if not i else None
+            )
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_yticks(range(len(labels)), labels=labels, fontsize=8.5)
+    ax.invert_yaxis()
+
+
 def use_book_style():
     """Set matplotlib's defaults: opaque white, 150 dpi, colours paired with dashes."""
     lines = cycler(color=[BLUE, RED, GREEN, ORANGE, SKY, GREY])
