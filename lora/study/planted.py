@@ -118,3 +118,32 @@ def stored_in(dtype, seeds, lr, steps=500, d=64, r=4):
         optimizer.step()
     moved = (A != first.to(dtype)).double().mean().item()
     return error(8 / r * B.double() @ A.double(), D).cpu(), moved
+
+
+def update(seed, optimizer, alpha, lr, size=1.0, both=True, steps=20, d=32):
+    """What LoRA of rank 4 has learned of a random D (d, d) after some steps, (d, d).
+
+    A starts `size` times as large as the series'; `both` or B alone is trained.
+    """
+    g = torch.Generator("cpu").manual_seed(seed)
+    A, D = size * gaussian(4, d, g), gaussian(d, d, g)
+    B = A.new_zeros(d, 4).requires_grad_()
+    # eps: a tiny gradient would feel AdamW's usual one
+    exact = {"eps": 1e-30} if optimizer is torch.optim.AdamW else {}
+    trained = [A.requires_grad_(), B] if both else [B]
+    optimizer = optimizer(trained, lr=lr, weight_decay=0, **exact)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (alpha / 4 * B @ A - D).square().sum().backward()
+        optimizer.step()
+    return (alpha / 4 * B @ A).detach()
+
+
+def apart(seed, optimizer, factor, size=1.0, **options):
+    """Relative distance of two updates: 4 alpha, or `factor` times the rate.
+
+    The second starts from an A that is `size` times as large.
+    """
+    one = update(seed, optimizer, 32, 1e-3, **options)
+    other = update(seed, optimizer, 8, factor * 1e-3, size, **options)
+    return ((one - other).norm() / one.norm()).item()

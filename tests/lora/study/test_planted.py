@@ -66,3 +66,19 @@ def test_half_precision_rounds_small_steps_away():
     found, all_moved = planted.stored_in(torch.float32, range(2), 1e-2, 400, d=8)
     assert all_moved > 0.99
     assert found.max() < 0.05 < 0.9 < lost.min()
+
+
+def test_an_update_is_what_the_equations_say():
+    """One step of gradient descent on B alone: B = 2 lr s D Aᵀ."""
+    g = torch.Generator().manual_seed(5)
+    A, D = 3 * planted.gaussian(4, 6, g), planted.gaussian(6, 6, g)
+    found = planted.update(5, torch.optim.SGD, 8, 0.1, 3.0, False, steps=1, d=6)
+    assert torch.allclose(found, 2 * 0.1 * 2 * 2 * D @ A.T @ A)
+
+
+def test_alpha_is_the_rate_for_b_alone():
+    adamw, sgd = torch.optim.AdamW, torch.optim.SGD
+    assert planted.apart(0, adamw, 4, both=False) < 1e-6
+    assert planted.apart(0, sgd, 16, both=False) < 1e-6
+    assert planted.apart(0, adamw, 2, size=2.0) < 1e-6
+    assert planted.apart(0, adamw, 4) > 0.1
