@@ -147,6 +147,84 @@ def intervals(ax, rows, color=LORA):
     ax.axvline(0, color="black", lw=1, ls="--")
 
 
+def layer():
+    """Draw a LoRA layer: the frozen W above, the detour through A and B below."""
+    figure, ax = plt.subplots(figsize=(4.3, 2.4))
+    ax.axis("off")
+    ax.set(xlim=(0, 10), ylim=(-0.2, 5.2), aspect="equal")
+    for (x, y, width, height), text, color, ink in [
+        ((3.1, 2.6, 2.4, 2.4), "W\nfrozen", FROZEN, "white"),
+        ((2.3, 0.8, 2.2, 0.7), "A", A, "black"),
+        ((6.6, 0.0, 0.7, 2.2), "B", B, "white"),
+    ]:
+        box = plt.Rectangle((x, y), width, height, facecolor=color, edgecolor="black")
+        ax.add_patch(box)
+        middle = x + width / 2, y + height / 2
+        ax.text(*middle, text, ha="center", va="center", color=ink)
+    for x, y, text, size in [
+        (5.55, 1.15, r"$\times\,\alpha / r$", 10),
+        (3.4, 0.3, r"$r \times d_{in}$", 10),
+        (8.35, 0.2, r"$d_{out} \times r$", 10),
+        (6.6, 4.6, r"$d_{out} \times d_{in}$", 10),
+        (0.3, 2.5, "x", 13),
+        (8.7, 2.5, "+", 15),
+        (9.8, 2.5, "y", 13),
+    ]:
+        ax.text(x, y, text, ha="center", va="center", fontsize=size)
+    for start, end in [
+        ((0.5, 2.6), (3.05, 3.8)),
+        ((0.5, 2.4), (2.25, 1.15)),
+        ((4.5, 1.15), (4.85, 1.15)),
+        ((6.2, 1.15), (6.55, 1.15)),
+        ((5.55, 3.8), (8.45, 2.7)),
+        ((7.35, 1.15), (8.45, 2.3)),
+        ((8.95, 2.5), (9.55, 2.5)),
+    ]:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "linewidth": 1.5})
+    return figure
+
+
+@torch.no_grad()
+def boundary(ax, model, x, y, shown=200):
+    """Draw a classifier of the plane: where it says class 1, and points of both.
+
+    `model` maps (n, 2) to two logits. White is undecided, the line is where it changes
+    its mind. Of the points x (n, 2) with labels y (n,) the first `shown` are drawn.
+    """
+    low, high = x.amin(0) - 0.4, x.amax(0) + 0.4
+    across, up = (torch.linspace(a.item(), b.item(), 80) for a, b in zip(low, high))
+    grid = torch.cartesian_prod(across, up).to(x)
+    sure = model(grid).softmax(1)[:, 1].view(80, 80).T.cpu().numpy()
+    extent = (across[0].item(), across[-1].item(), up[0].item(), up[-1].item())
+    look = {"cmap": "PuOr", "alpha": 0.5, "interpolation": "bilinear"}
+    ax.imshow(
+        sure, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", **look
+    )
+    ax.contour(sure, [0.5], origin="lower", extent=extent, colors="black")
+    for label, marker, color in ((0, "o", "#7f3b08"), (1, "^", "#2d004b")):
+        mine = x[:shown][y[:shown] == label].cpu().numpy()
+        ax.scatter(*mine.T, s=9, c=color, marker=marker, linewidths=0)
+    ax.grid(False)
+
+
+def dots(ax, groups, labels):
+    """Dots with intervals, a row for each label, in the colour and form of their group.
+
+    `groups`: name -> (mean, low, high) for each of the labels, from the top.
+    """
+    looks = zip((BLUE, ORANGE, RED, GREEN), "os^D")
+    for j, ((name, values), (color, marker)) in enumerate(zip(groups.items(), looks)):
+        for i, (mean, low, high) in enumerate(values):
+            y = i + 0.2 * (j - (len(groups) - 1) / 2)
+            ax.plot([low, high], [y, y], "-", color=color, linewidth=1.4)
+            ax.plot(
+                [mean], [y], marker, color=color, ms=5, label=name if not i else None
+            )
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_yticks(range(len(labels)), labels=labels, fontsize=8.5)
+    ax.invert_yaxis()
+
+
 def use_book_style():
     """Set matplotlib's defaults: opaque white, 150 dpi, colours paired with dashes."""
     lines = cycler(color=[BLUE, RED, GREEN, ORANGE, SKY, GREY])

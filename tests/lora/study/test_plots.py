@@ -3,6 +3,7 @@
 import io
 from base64 import b64decode
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from IPython.core.pylabtools import print_figure
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lora.study import plots
 from lora.study.plots import (
     NARROW,
     arrange,
@@ -163,3 +165,26 @@ def test_intervals_stand_from_above_at_their_values(axes):
     assert drawn(axes.figure)[:6] == pytest.approx([0.5, 0, 1.5, 0, 1, 0])
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
     assert axes.yaxis_inverted() and axes.get_ylim() == (1.5, -0.5)
+
+
+def test_the_diagram_has_the_parts_of_a_layer_in_their_colours():
+    figure = plots.layer()
+    (ax,) = figure.axes
+    colours = [matplotlib.colors.to_hex(p.get_facecolor()).upper() for p in ax.patches]
+    assert colours == [plots.FROZEN, plots.A, plots.B]
+    wide, thin, tall = (p.get_bbox() for p in ax.patches)
+    assert thin.height < wide.height / 3 and tall.width < wide.width / 3
+    assert {"W\nfrozen", "A", "B", "x", "+", "y"} <= {t.get_text() for t in ax.texts}
+    plt.close(figure)
+
+
+def test_dots_stand_in_their_rows_with_their_intervals(axes):
+    groups = {"one": [(1, 0.5, 2), (3, 2, 4)], "two": [(5, 4, 6), (7, 6, 8)]}
+    plots.dots(axes, groups, ["first", "second"])
+    drawn_lines = [line.get_xydata().tolist() for line in axes.lines]
+    assert [[1, -0.1]] in drawn_lines and [[7, 1.1]] in drawn_lines
+    assert [[2, 0.9], [4, 0.9]] in drawn_lines
+    assert axes.get_legend_handles_labels()[1] == ["one", "two"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["first", "second"]
+    top, bottom = axes.transData.transform([[0, 0], [0, 1]])[:, 1]
+    assert top > bottom
