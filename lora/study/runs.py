@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lora import bases, core, formats
+from lora import bases, core, formats, nf4
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
@@ -38,6 +38,7 @@ DEFAULTS = {
     "shuffled": False,
     "base": "float32",  # or one of formats.LEVELS, with scales for blocks of
     "block": 64,
+    "double": False,  # of NF4: whether its scales are in few bits, too
     "libraries": list(TRAINED),  # whose pairs are trained on
     "start": 0,  # adapters of one seed that start from other A's
     "seed": 0,
@@ -53,8 +54,7 @@ def prepare(model, settings):
     core.freeze_all(model)
     if settings["base"] != "float32":
         for layer in layers(model).values():
-            form = settings["base"], settings["block"]
-            layer.weight.data = formats.round_trip(layer.weight, *form)
+            layer.weight.data = few_bits(layer.weight, settings)
     if settings["method"] == "full":
         model.requires_grad_(True)
         model.pooler.requires_grad_(False)  # no part of an embedding
@@ -67,6 +67,14 @@ def prepare(model, settings):
         if settings["init"] == "kaiming":
             for wrapper in wrappers:
                 nn.init.kaiming_uniform_(wrapper.A, a=math.sqrt(5))
+
+
+def few_bits(weight, settings):
+    """A weight as it comes back from the few bits that the settings name."""
+    base, block = settings["base"], settings["block"]
+    if settings["double"]:
+        return nf4.NF4Linear(weight, block=block).dense_weight()
+    return formats.round_trip(weight, base, block)
 
 
 def layers(model):
@@ -106,11 +114,13 @@ def make_run(**settings):
     query that is reported ("ranks") and of each query to choose by ("chosen"), the loss
     of each step, the time of a step in forward passes of the base ("step_time"), and
     the "device" that it was made on: PyTorch's default.
-    Raises ValueError for a setting that there is none of.
+    Raises ValueError for a setting that there is none of, or "double" without NF4.
     """
     if strange := settings.keys() - DEFAULTS.keys():
         raise ValueError(f"settings are {[*DEFAULTS]}, got {sorted(strange)}")
     settings = DEFAULTS | settings
+    if settings["double"] and settings["base"] != "NF4":
+        raise ValueError(f"double is for NF4, got the base {settings['base']!r}")
     seed = settings["seed"]
     tokenizer, model = search.load_minilm()
     train, choose, report = data(seed, settings["libraries"], settings["shuffled"])
@@ -175,13 +185,16 @@ def planned(settings):
     """The settings of each row that `make_rows` gives, in its order.
 
     Beside those of a run, `settings` may hold "cuts", the ranks to which the change of
-    full fine-tuning is cut, or "sums", name -> (how, libraries, weight). With sums
-    there is an adapter for each library, from an A of its own if "start" is negative.
+    full fine-tuning is cut; "merges", the ways of `merged`; or "sums", name -> (how,
+    libraries, weight). With sums there is an adapter for each library, from an A of its
+    own if "start" is negative.
     """
     settings = DEFAULTS | settings
-    cuts, sums = settings.pop("cuts", ()), settings.pop("sums", {})
+    cuts, merges = settings.pop("cuts", ()), settings.pop("merges", ())
+    sums = settings.pop("sums", {})
     if not sums:
-        return [settings, *(settings | {"cut": k} for k in cuts)]
+        after = [{"cut": k} for k in cuts] + [{"merged": how} for how in merges]
+        return [settings, *(settings | change for change in after)]
     own = settings["start"] < 0
     adapters = [
         {"libraries": [library], "start": i if own else settings["start"]}
@@ -194,7 +207,7 @@ def planned(settings):
 
 
 def make_rows(settings):
-    """The rows that are `planned`: of runs, of cuts of a change, of sums of adapters.
+    """The rows that are `planned`: of runs, cuts of a change, merges, sums of adapters.
 
     A row of full fine-tuning also holds the `spectrum` of its change.
     """
@@ -209,6 +222,9 @@ def make_rows(settings):
         else:
             if "cut" in row:
                 update = {name: truncate(C, row["cut"]) for name, C in change.items()}
+            elif "merged" in row:
+                (adapter,) = factors.values()
+                update = merged(adapter, row["merged"], row)
             else:
                 how, libraries, weight = settings["sums"][row["composed"]]
                 adapters = [factors[library] for library in libraries]
@@ -244,6 +260,22 @@ def factors_of(model):
     """Name -> (B with the scale, A) of each adapter."""
     wrappers = bases.find(model, core.LoRALinear)
     return {n: (w.scale * w.B.detach(), w.A.detach()) for n, w in wrappers.items()}
+
+
+def merged(adapter, how, settings):
+    """Name -> the change of a weight whose base was rounded and got an adapter merged.
+
+    `adapter` is name -> (B, A), trained on the base of `settings`. "bfloat16" stores
+    the sum of rounded weight and update in 16 bits, "again" rounds it as the base was,
+    and "original" rounds the sum of exact weight and update.
+    """
+    update = {}
+    for name, layer in layers(search.load_minilm()[1]).items():
+        W, (B, A) = layer.weight.detach(), adapter[name]
+        whole = (W if how == "original" else few_bits(W, settings)) + B @ A
+        stored = whole.bfloat16() if how == "bfloat16" else few_bits(whole, settings)
+        update[name] = stored - W
+    return update
 
 
 def base_with(update):
@@ -332,6 +364,8 @@ def studies():
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
     bases += [lora | {"base": k} for k in ("NF4", "NF2", "int3", "NF3", "int4", "int8")]
     bases += [lora | {"base": k, "steps": 96} for k in ("NF4", "NF2")]
+    double = {"base": "NF4", "double": True}  # as a layer stores it
+    merges = {"merges": ("bfloat16", "again", "original")}
     attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
     mlp = r".*\.\d\.(intermediate|output)\.dense"
     placed = [(attention, 18), (mlp, 14), (last, 24)]
@@ -350,6 +384,9 @@ def studies():
         "longer": over(five, lora | {"steps": 96}),
         "alpha": over((0, 6), *alpha),
         "rule": over((0, 6), *rule),
-        "bases": over(three, {"method": "none"}, *bases),
+        "bases": [
+            *over(three, {"method": "none"}, *bases),
+            *over(five, {"method": "none"} | double, lora | double | merges),
+        ],
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
     }
