@@ -424,7 +424,7 @@ def studies():
         "rule": over((0, 6), *rule),
         "bases": [
             *over(three, {"method": "none"}, *bases),
-            *over(five, {"method": "none"} | double, lora | double | merges),
+            *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
         ],
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
     }
