@@ -5,17 +5,19 @@ and writes a row for each run into `lora/study/data/runs.jsonl`; `recorded` read
 and a chapter makes some of them again. Chapter 4 of the book builds this file.
 """
 
+import functools
 import importlib.metadata
 import json
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from lora import bases, core, formats
+from lora import bases, core, formats, nf4
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
@@ -24,6 +26,8 @@ DATA = Path(__file__).parent / "data" / "runs.jsonl"
 # What a row depends on: the model's libraries, and those whose docstrings are read.
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
 PACKAGES += ("sympy", "networkx")
+# How many pairs each library had when the rows were made: what a seed draws from them.
+PAIRS = dict(zip(LIBRARIES, (461, 825, 375, 485, 815, 582, 457)))
 TRAINED = LIBRARIES[:5]  # sympy and networkx are left out of training
 ALL = r"encoder\.layer\.\d\..*"
 DEFAULTS = {
@@ -38,6 +42,7 @@ DEFAULTS = {
     "shuffled": False,
     "base": "float32",  # or one of formats.LEVELS, with scales for blocks of
     "block": 64,
+    "double": False,  # of NF4: whether its scales are in few bits, too
     "libraries": list(TRAINED),  # whose pairs are trained on
     "start": 0,  # adapters of one seed that start from other A's
     "seed": 0,
@@ -53,8 +58,7 @@ def prepare(model, settings):
     core.freeze_all(model)
     if settings["base"] != "float32":
         for layer in layers(model).values():
-            form = settings["base"], settings["block"]
-            layer.weight.data = formats.round_trip(layer.weight, *form)
+            layer.weight.data = few_bits(layer.weight, settings)
     if settings["method"] == "full":
         model.requires_grad_(True)
         model.pooler.requires_grad_(False)  # no part of an embedding
@@ -67,6 +71,14 @@ def prepare(model, settings):
         if settings["init"] == "kaiming":
             for wrapper in wrappers:
                 nn.init.kaiming_uniform_(wrapper.A, a=math.sqrt(5))
+
+
+def few_bits(weight, settings):
+    """A weight as it comes back from the few bits that the settings name."""
+    base, block = settings["base"], settings["block"]
+    if settings["double"]:
+        return nf4.NF4Linear(weight, block=block).dense_weight()
+    return formats.round_trip(weight, base, block)
 
 
 def layers(model):
@@ -106,11 +118,13 @@ def make_run(**settings):
     query that is reported ("ranks") and of each query to choose by ("chosen"), the loss
     of each step, the time of a step in forward passes of the base ("step_time"), and
     the "device" that it was made on: PyTorch's default.
-    Raises ValueError for a setting that there is none of.
+    Raises ValueError for a setting that there is none of, or "double" without NF4.
     """
     if strange := settings.keys() - DEFAULTS.keys():
         raise ValueError(f"settings are {[*DEFAULTS]}, got {sorted(strange)}")
     settings = DEFAULTS | settings
+    if settings["double"] and settings["base"] != "NF4":
+        raise ValueError(f"double is for NF4, got the base {settings['base']!r}")
     seed = settings["seed"]
     tokenizer, model = search.load_minilm()
     train, choose, report = data(seed, settings["libraries"], settings["shuffled"])
@@ -157,6 +171,40 @@ def points(row):
     return 100 * sum(scores) / len(scores)
 
 
+@functools.cache
+def reported(seed):
+    """Library -> which of its pairs a row of this seed reports, in the order of ranks.
+
+    A pair is told by its place in `docstring_pairs(library)` as it was when the rows
+    were made, so that a query is known again under another seed.
+    """
+    return {name: split(range(n), seed)[2] for name, n in PAIRS.items()}
+
+
+def queries(rows, libraries=LIBRARIES):
+    """One line for each query that rows report, in their order, a DataFrame.
+
+    `rows` is a DataFrame such as `recorded` gives, or a list of rows. "library" and
+    "pair" say which query it is (`reported`), "query" both in one label to cluster by;
+    "seed", and "score", 100 / rank.
+    """
+    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+    parts = [
+        pd.DataFrame(
+            {
+                "seed": row["seed"],
+                "library": library,
+                "pair": reported(row["seed"])[library],
+                "score": 100 / np.array(row["ranks"][library]),
+            }
+        )
+        for row in rows
+        for library in libraries
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(query=table["library"] + " " + table["pair"].astype(str))
+
+
 def recorded(study):
     """The recorded rows of one study, a DataFrame, as they were made.
 
@@ -175,13 +223,16 @@ def planned(settings):
     """The settings of each row that `make_rows` gives, in its order.
 
     Beside those of a run, `settings` may hold "cuts", the ranks to which the change of
-    full fine-tuning is cut, or "sums", name -> (how, libraries, weight). With sums
-    there is an adapter for each library, from an A of its own if "start" is negative.
+    full fine-tuning is cut; "merges", the ways of `merged`; or "sums", name -> (how,
+    libraries, weight). With sums there is an adapter for each library, from an A of its
+    own if "start" is negative.
     """
     settings = DEFAULTS | settings
-    cuts, sums = settings.pop("cuts", ()), settings.pop("sums", {})
+    cuts, merges = settings.pop("cuts", ()), settings.pop("merges", ())
+    sums = settings.pop("sums", {})
     if not sums:
-        return [settings, *(settings | {"cut": k} for k in cuts)]
+        after = [{"cut": k} for k in cuts] + [{"merged": how} for how in merges]
+        return [settings, *(settings | change for change in after)]
     own = settings["start"] < 0
     adapters = [
         {"libraries": [library], "start": i if own else settings["start"]}
@@ -194,7 +245,7 @@ def planned(settings):
 
 
 def make_rows(settings):
-    """The rows that are `planned`: of runs, of cuts of a change, of sums of adapters.
+    """The rows that are `planned`: of runs, cuts of a change, merges, sums of adapters.
 
     A row of full fine-tuning also holds the `spectrum` of its change.
     """
@@ -209,6 +260,9 @@ def make_rows(settings):
         else:
             if "cut" in row:
                 update = {name: truncate(C, row["cut"]) for name, C in change.items()}
+            elif "merged" in row:
+                (adapter,) = factors.values()
+                update = merged(adapter, row["merged"], row)
             else:
                 how, libraries, weight = settings["sums"][row["composed"]]
                 adapters = [factors[library] for library in libraries]
@@ -244,6 +298,22 @@ def factors_of(model):
     """Name -> (B with the scale, A) of each adapter."""
     wrappers = bases.find(model, core.LoRALinear)
     return {n: (w.scale * w.B.detach(), w.A.detach()) for n, w in wrappers.items()}
+
+
+def merged(adapter, how, settings):
+    """Name -> the change of a weight whose base was rounded and got an adapter merged.
+
+    `adapter` is name -> (B, A), trained on the base of `settings`. "bfloat16" stores
+    the sum of rounded weight and update in 16 bits, "again" rounds it as the base was,
+    and "original" rounds the sum of exact weight and update.
+    """
+    update = {}
+    for name, layer in layers(search.load_minilm()[1]).items():
+        W, (B, A) = layer.weight.detach(), adapter[name]
+        whole = (W if how == "original" else few_bits(W, settings)) + B @ A
+        stored = whole.bfloat16() if how == "bfloat16" else few_bits(whole, settings)
+        update[name] = stored - W
+    return update
 
 
 def base_with(update):
@@ -332,6 +402,8 @@ def studies():
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
     bases += [lora | {"base": k} for k in ("NF4", "NF2", "int3", "NF3", "int4", "int8")]
     bases += [lora | {"base": k, "steps": 96} for k in ("NF4", "NF2")]
+    double = {"base": "NF4", "double": True}  # as a layer stores it
+    merges = {"merges": ("bfloat16", "again", "original")}
     attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
     mlp = r".*\.\d\.(intermediate|output)\.dense"
     placed = [(attention, 18), (mlp, 14), (last, 24)]
@@ -350,6 +422,9 @@ def studies():
         "longer": over(five, lora | {"steps": 96}),
         "alpha": over((0, 6), *alpha),
         "rule": over((0, 6), *rule),
-        "bases": over(three, {"method": "none"}, *bases),
+        "bases": [
+            *over(three, {"method": "none"}, *bases),
+            *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
+        ],
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
     }

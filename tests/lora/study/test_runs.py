@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from lora import core
+from lora import core, formats, nf4
 from lora.study import docstrings, runs, search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
 
@@ -132,6 +132,19 @@ def test_a_base_in_few_bits(small):
         assert max(len(block.unique()) for block in blocks) <= 4, name
 
 
+def test_nf4_with_its_scales_in_few_bits(small):
+    """The weights are those of the layer that stores them."""
+    before = {n: m.weight for n, m in runs.layers(search.load_minilm()[1]).items()}
+    _, model, row = runs.make_run(method="none", base="NF4", block=8, double=True)
+    assert row["double"]
+    for name, layer in runs.layers(model).items():
+        stored = nf4.NF4Linear(before[name], block=8).dense_weight()
+        assert torch.equal(layer.weight, stored), name
+        assert not torch.equal(stored, formats.round_trip(before[name], block=8))
+    with pytest.raises(ValueError, match="double is for NF4, got the base 'int4'"):
+        runs.make_run(method="none", base="int4", double=True)
+
+
 def test_a_setting_that_there_is_none_of_is_refused(small):
     with pytest.raises(ValueError, match=r"settings are \['method', .*got \['ranks'\]"):
         runs.make_run(ranks=4)
@@ -151,6 +164,35 @@ def test_versions_are_those_of_the_installed():
 
 def test_points_are_the_mean_over_all_queries():
     assert runs.points(ROW) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
+
+
+# --- Which query a rank is of ---
+
+
+def test_a_query_is_known_again_under_another_seed():
+    """With the pinned libraries: the places are those of the pairs that were drawn."""
+    for seed in (1, 4):
+        for library, places in runs.reported(seed).items():
+            pairs = docstring_pairs(library)
+            assert len(pairs) == runs.PAIRS[library]
+            assert [pairs[i] for i in places] == runs.data(seed)[2][library]
+
+
+def test_queries_of_rows():
+    ranks = {library: [*range(1, 151)] for library in LIBRARIES}
+    rows = [{"seed": seed, "ranks": ranks} for seed in (1, 2)]
+    table = runs.queries(rows)
+    assert len(table) == 2 * 7 * 150 and list(table.index) == [*range(2 * 7 * 150)]
+    first = table.iloc[0]
+    assert tuple(first[["seed", "library", "score"]]) == (1, "numpy", 100)
+    assert first["query"] == f"numpy {runs.reported(1)['numpy'][0]}"
+    last = table[(table["seed"] == 2) & (table["library"] == "sympy")]
+    assert list(last["pair"]) == runs.reported(2)["sympy"]
+    assert list(last["score"]) == [100 / rank for rank in range(1, 151)]
+    some = table[table["library"].isin(["scipy"])].reset_index(drop=True)
+    assert runs.queries(runs.pd.DataFrame(rows), ["scipy"]).equals(some)
+    twice = table["query"].value_counts()
+    assert set(twice) == {1, 2}, "some names are drawn by both seeds, not all"
 
 
 # --- Cuts of a change, sums of adapters: on one layer, by hand ---
@@ -268,6 +310,40 @@ def test_a_sum_that_is_cut_keeps_its_largest_directions():
     torch.testing.assert_close(
         torch.linalg.svdvals(update), expected, atol=1e-4, rtol=1e-4
     )
+
+
+def test_ways_to_merge(small):
+    """Each by hand: 16 bits, rounded again, and the sum with the exact weight."""
+    weights = {n: m.weight for n, m in runs.layers(search.load_minilm()[1]).items()}
+    adapter = {
+        name: (torch.randn(len(W), 2) / 9, torch.randn(2, W.shape[1]) / 9)
+        for name, W in weights.items()
+    }
+    form = runs.DEFAULTS | {"base": "int4", "block": 8}
+    for name, W in weights.items():
+        grid, (B, A) = formats.round_trip(W, "int4", 8), adapter[name]
+        by_hand = {
+            "bfloat16": (grid + B @ A).bfloat16().float(),
+            "again": formats.round_trip(grid + B @ A, "int4", 8),
+            "original": formats.round_trip(W + B @ A, "int4", 8),
+        }
+        for how, expected in by_hand.items():
+            change = runs.merged(adapter, how, form)[name]
+            torch.testing.assert_close(W + change, expected)
+
+
+def test_a_run_and_what_its_merges_score(small, monkeypatch):
+    settings = {"base": "NF4", "block": 8, "steps": 2, "rank": 2, "lr": 0.05}
+    ways = "bfloat16", "again", "original"
+    asked = []
+    monkeypatch.setattr(runs, "merged", lambda a, how, s: asked.append((a, how, s)))
+    monkeypatch.setattr(runs, "base_with", lambda update: search.load_minilm())
+    apart, *rows = runs.make_rows(settings | {"merges": ways})
+    assert apart["losses"] and [row["merged"] for row in rows] == list(ways)
+    assert rows[0].items() >= (runs.DEFAULTS | settings).items()
+    adapters, hows, forms = zip(*asked)
+    assert hows == ways and all(f["base"] == "NF4" for f in forms)
+    assert all(B.any() for B, A in adapters[0].values()), "the trained one"
 
 
 # --- What is planned ---
