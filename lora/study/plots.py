@@ -22,7 +22,6 @@ BLUE, RED, GREEN, ORANGE, SKY, GREY = (
 FROZEN, A, B = GREY, SKY, GREEN
 BASE, LORA, FULL = GREY, BLUE, RED
 
-
 # Widths in inches: of a phone, and of the text on a wide page. NARROW is the type of
 # the output for the phone: notebooks show the other, the book's pages choose.
 PHONE, PAGE = 4.3, 7.5
@@ -114,29 +113,6 @@ def boundary(ax, model, x, y, shown=200):
     ax.grid(False)
 
 
-@torch.no_grad()
-def boundary(ax, model, x, y, shown=200):
-    """Draw a classifier of the plane: where it says class 1, and points of both.
-
-    `model` maps (n, 2) to two logits. White is undecided, the line is where it changes
-    its mind. Of the points x (n, 2) with labels y (n,) the first `shown` are drawn.
-    """
-    low, high = x.amin(0) - 0.4, x.amax(0) + 0.4
-    across, up = (torch.linspace(a.item(), b.item(), 80) for a, b in zip(low, high))
-    grid = torch.cartesian_prod(across, up).to(x)
-    sure = model(grid).softmax(1)[:, 1].view(80, 80).T.cpu().numpy()
-    extent = (across[0].item(), across[-1].item(), up[0].item(), up[-1].item())
-    look = {"cmap": "PuOr", "alpha": 0.5, "interpolation": "bilinear"}
-    ax.imshow(
-        sure, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", **look
-    )
-    ax.contour(sure, [0.5], origin="lower", extent=extent, colors="black")
-    for label, marker, color in ((0, "o", "#7f3b08"), (1, "^", "#2d004b")):
-        mine = x[:shown][y[:shown] == label].cpu().numpy()
-        ax.scatter(*mine.T, s=9, c=color, marker=marker, linewidths=0)
-    ax.grid(False)
-
-
 def intervals(ax, rows, color=LORA):
     """A dot with its interval for each of `rows`, label -> (mean, low, high), down."""
     for i, (mean, low, high) in enumerate(rows.values()):
@@ -182,29 +158,6 @@ def layer():
     ]:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "linewidth": 1.5})
     return figure
-
-
-@torch.no_grad()
-def boundary(ax, model, x, y, shown=200):
-    """Draw a classifier of the plane: where it says class 1, and points of both.
-
-    `model` maps (n, 2) to two logits. White is undecided, the line is where it changes
-    its mind. Of the points x (n, 2) with labels y (n,) the first `shown` are drawn.
-    """
-    low, high = x.amin(0) - 0.4, x.amax(0) + 0.4
-    across, up = (torch.linspace(a.item(), b.item(), 80) for a, b in zip(low, high))
-    grid = torch.cartesian_prod(across, up).to(x)
-    sure = model(grid).softmax(1)[:, 1].view(80, 80).T.cpu().numpy()
-    extent = (across[0].item(), across[-1].item(), up[0].item(), up[-1].item())
-    look = {"cmap": "PuOr", "alpha": 0.5, "interpolation": "bilinear"}
-    ax.imshow(
-        sure, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto", **look
-    )
-    ax.contour(sure, [0.5], origin="lower", extent=extent, colors="black")
-    for label, marker, color in ((0, "o", "#7f3b08"), (1, "^", "#2d004b")):
-        mine = x[:shown][y[:shown] == label].cpu().numpy()
-        ax.scatter(*mine.T, s=9, c=color, marker=marker, linewidths=0)
-    ax.grid(False)
 
 
 def dots(ax, groups, labels):
