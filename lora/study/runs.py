@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import math
 import time
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -169,6 +170,34 @@ def recorded(study):
     if study not in set(table["study"]):
         raise ValueError(f"study must be one of {[*table['study'].unique()]}")
     return table[table["study"] == study].reset_index(drop=True)
+
+
+@cache
+def of_base(seed):
+    """The row of the base with a seed's queries: recorded, or made if it is not."""
+    main = recorded("main")
+    rows = main[(main["method"] == "none") & (main["seed"] == seed)]
+    return make_run(method="none", seed=seed)[2] if rows.empty else rows.iloc[0]
+
+
+def gains(*rows):
+    """What each query gains over the base, in points: by seed, library and name.
+
+    A Series over all queries that the rows report, so that two of the same seeds can be
+    subtracted.
+    """
+    points = {
+        (row["seed"], library, words): 100 / now - 100 / before
+        for row in rows
+        for library, pairs in data(row["seed"])[2].items()
+        for (words, _), now, before in zip(
+            pairs,
+            row["ranks"][library],
+            of_base(row["seed"])["ranks"][library],
+            strict=True,
+        )
+    }
+    return pd.Series(points).rename_axis(["seed", "library", "name"])
 
 
 def planned(settings):

@@ -153,6 +153,26 @@ def test_points_are_the_mean_over_all_queries():
     assert runs.points(ROW) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
 
 
+def test_gains_over_the_base(file, monkeypatch):
+    """By query, so that runs of the same seeds can be subtracted."""
+    pairs = {"numpy": [("add two", "s"), ("take", "t")], "torch": [("take", "u")]}
+    monkeypatch.setattr(runs, "data", lambda seed: ((), (), pairs))
+    made = []
+    monkeypatch.setattr(runs, "make_run", lambda **s: made.append(s) or (0, 0, ROW | s))
+    write(file, ROW)
+    runs.of_base.cache_clear()
+    better = ROW | {"method": "lora", "ranks": {"numpy": [2, 1], "torch": [1]}}
+    found = runs.gains(better, better | {"seed": 2})
+    assert list(found.index.names) == ["seed", "library", "name"]
+    assert found[1, "numpy", "add two"] == -50 and found[1, "torch", "take"] == 75
+    assert found[1].sum() == found[2].sum() == -50 + 50 + 75
+    assert made == [{"method": "none", "seed": 2}], "a seed that is not recorded, once"
+    runs.of_base.cache_clear()
+    with pytest.raises(ValueError, match="zip"):
+        runs.gains(ROW | {"ranks": {"numpy": [1], "torch": [4]}})
+    runs.of_base.cache_clear()
+
+
 # --- Cuts of a change, sums of adapters: on one layer, by hand ---
 
 
