@@ -5,13 +5,14 @@ and writes a row for each run into `lora/study/data/runs.jsonl`; `recorded` read
 and a chapter makes some of them again. Chapter 4 of the book builds this file.
 """
 
+import functools
 import importlib.metadata
 import json
 import math
 import time
-from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ DATA = Path(__file__).parent / "data" / "runs.jsonl"
 # What a row depends on: the model's libraries, and those whose docstrings are read.
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
 PACKAGES += ("sympy", "networkx")
+# How many pairs each library had when the rows were made: what a seed draws from them.
+PAIRS = dict(zip(LIBRARIES, (461, 825, 375, 485, 815, 582, 457)))
 TRAINED = LIBRARIES[:5]  # sympy and networkx are left out of training
 ALL = r"encoder\.layer\.\d\..*"
 DEFAULTS = {
@@ -158,6 +161,40 @@ def points(row):
     return 100 * sum(scores) / len(scores)
 
 
+@functools.cache
+def reported(seed):
+    """Library -> which of its pairs a row of this seed reports, in the order of ranks.
+
+    A pair is told by its place in `docstring_pairs(library)` as it was when the rows
+    were made, so that a query is known again under another seed.
+    """
+    return {name: split(range(n), seed)[2] for name, n in PAIRS.items()}
+
+
+def queries(rows, libraries=LIBRARIES):
+    """One line for each query that rows report, in their order, a DataFrame.
+
+    `rows` is a DataFrame such as `recorded` gives, or a list of rows. "library" and
+    "pair" say which query it is (`reported`), "query" both in one label to cluster by;
+    "seed", and "score", 100 / rank.
+    """
+    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+    parts = [
+        pd.DataFrame(
+            {
+                "seed": row["seed"],
+                "library": library,
+                "pair": reported(row["seed"])[library],
+                "score": 100 / np.array(row["ranks"][library]),
+            }
+        )
+        for row in rows
+        for library in libraries
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(query=table["library"] + " " + table["pair"].astype(str))
+
+
 def recorded(study):
     """The recorded rows of one study, a DataFrame, as they were made.
 
@@ -172,7 +209,7 @@ def recorded(study):
     return table[table["study"] == study].reset_index(drop=True)
 
 
-@cache
+@functools.cache
 def of_base(seed):
     """The row of the base with a seed's queries: recorded, or made if it is not."""
     main = recorded("main")
@@ -181,23 +218,15 @@ def of_base(seed):
 
 
 def gains(*rows):
-    """What each query gains over the base, in points: by seed, library and name.
+    """What each query gains over the base, in points: by seed, library and pair.
 
-    A Series over all queries that the rows report, so that two of the same seeds can be
-    subtracted.
+    A Series over all queries that the rows report. Those of other rows of the same
+    seeds can be subtracted from it.
     """
-    points = {
-        (row["seed"], library, words): 100 / now - 100 / before
-        for row in rows
-        for library, pairs in data(row["seed"])[2].items()
-        for (words, _), now, before in zip(
-            pairs,
-            row["ranks"][library],
-            of_base(row["seed"])["ranks"][library],
-            strict=True,
-        )
-    }
-    return pd.Series(points).rename_axis(["seed", "library", "name"])
+    keys = ["seed", "library", "pair"]
+    before = [of_base(row["seed"]) for row in rows]
+    now, then = (queries(of).set_index(keys)["score"] for of in (rows, before))
+    return now - then
 
 
 def planned(settings):
