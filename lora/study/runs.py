@@ -213,8 +213,9 @@ def recorded(study):
 def of_base(seed):
     """The row of the base with a seed's queries: recorded, or made if it is not."""
     main = recorded("main")
-    rows = main[(main["method"] == "none") & (main["seed"] == seed)]
-    return make_run(method="none", seed=seed)[2] if rows.empty else rows.iloc[0]
+    found = main[(main["method"] == "none") & (main["seed"] == seed)]
+    rows = found.to_dict("records") or [make_run(method="none", seed=seed)[2]]
+    return rows[0]
 
 
 def gains(*rows):
