@@ -2,9 +2,10 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
-from lora.study.plots import drawn, use_book_style
+from lora.study.plots import drawn, heat, use_book_style
 
 
 @pytest.fixture
@@ -43,3 +44,16 @@ def test_figures_fit_a_phone(axes):
     assert axes.figure.get_size_inches()[0] <= 4.3
     assert plt.rcParams["font.size"] == 10
     assert plt.rcParams["savefig.facecolor"] == "white"
+
+
+def test_a_heat_map_shows_the_table(axes):
+    table = pd.DataFrame([[-0.3, 12.0], [-8.0, 1.0]], ["a", "b"], ["c", "d"])
+    heat(axes, table)
+    assert drawn(axes.figure) == [-0.3, 12, -8, 1]
+    texts = [(text.get_text(), text.get_color()) for text in axes.texts]
+    assert texts == [("0", "black"), ("12", "white"), ("−8", "white"), ("1", "black")]
+    names = [
+        [t.get_text() for t in a.get_ticklabels()] for a in (axes.xaxis, axes.yaxis)
+    ]
+    assert names == [["c", "d"], ["a", "b"]]
+    assert axes.images[0].get_clim() == (-12, 12)
