@@ -1,6 +1,7 @@
 """One look for all figures: colours safe for the colour-blind and in grey, on white."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from cycler import cycler
 from matplotlib.collections import Collection
@@ -176,6 +177,21 @@ def dots(ax, groups, labels):
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(labels)), labels=labels, fontsize=8.5)
     ax.invert_yaxis()
+
+
+def heat(ax, table):
+    """A DataFrame as coloured cells with rounded numbers: zero is white."""
+    values = table.to_numpy()
+    limit = abs(values).max()
+    ax.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    for (i, j), value in np.ndenumerate(values):
+        color = "white" if abs(value) > 0.6 * limit else "black"
+        text = f"{value:.0f}".replace("-0", "0").replace("-", "\N{MINUS SIGN}")
+        ax.text(j, i, text, ha="center", va="center", color=color)
+    turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(range(len(table.columns)), table.columns, **turned)
+    ax.set_yticks(range(len(table)), table.index)
+    ax.grid(visible=False)
 
 
 def use_book_style():

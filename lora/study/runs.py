@@ -219,6 +219,27 @@ def recorded(study):
     return table[table["study"] == study].reset_index(drop=True)
 
 
+@functools.cache
+def of_base(seed):
+    """The row of the base with a seed's queries: recorded, or made if it is not."""
+    main = recorded("main")
+    found = main[(main["method"] == "none") & (main["seed"] == seed)]
+    rows = found.to_dict("records") or [make_run(method="none", seed=seed)[2]]
+    return rows[0]
+
+
+def gains(*rows):
+    """What each query gains over the base, in points: by seed, library and pair.
+
+    A Series over all queries that the rows report. Those of other rows of the same
+    seeds can be subtracted from it.
+    """
+    keys = ["seed", "library", "pair"]
+    before = [of_base(row["seed"]) for row in rows]
+    now, then = (queries(of).set_index(keys)["score"] for of in (rows, before))
+    return now - then
+
+
 def planned(settings):
     """The settings of each row that `make_rows` gives, in its order.
 
@@ -266,7 +287,7 @@ def make_rows(settings):
             else:
                 how, libraries, weight = settings["sums"][row["composed"]]
                 adapters = [factors[library] for library in libraries]
-                update = joined(adapters, how, weight)
+                update = joined(adapters, how, weight, row["seed"])
             tokenizer, model = base_with(update)
             row["ranks"] = ranks(model, tokenizer, data(row["seed"])[2])
         rows.append(row)
@@ -327,24 +348,57 @@ def base_with(update):
     return tokenizer, model
 
 
-def joined(adapters, how, weight):
+def joined(adapters, how, weight, seed=0):
     """Name -> the update of several adapters together; each is name -> (B, A).
 
     "sum" adds the updates B A; "rank 8" cuts that to its eight largest directions;
-    "average" multiplies the mean B by the mean A; "linear" is PEFT's, the roots of the
-    weights on both factors.
+    "TIES 0.2" and "DARE 0.2" keep that share of each update's entries; "average"
+    multiplies the mean B by the mean A; "linear" is PEFT's, the roots of the weights on
+    both factors. `seed` is for what DARE drops.
     """
-    update = {}
+    kind, _, number = how.partition(" ")
+    update, generator = {}, None
     for name in adapters[0]:
         Bs, As = zip(*(adapter[name] for adapter in adapters))
-        if how in ("average", "linear"):
-            on_each = weight if how == "average" else weight**0.5
+        if kind in ("average", "linear"):
+            on_each = weight if kind == "average" else weight**0.5
             update[name] = (on_each * sum(Bs)) @ (on_each * sum(As))
-        else:
-            update[name] = weight * sum(B @ A for B, A in zip(Bs, As))
-            if how == "rank 8":
-                update[name] = truncate(update[name], 8)
+            continue
+        parts = [B @ A for B, A in zip(Bs, As)]
+        if kind == "DARE":
+            generator = generator or torch.Generator(Bs[0].device).manual_seed(seed)
+            parts = [dare(part, float(number), generator) for part in parts]
+        whole = ties(parts, float(number)) if kind == "TIES" else sum(parts)
+        update[name] = weight * whole
+        if kind == "rank":
+            update[name] = truncate(update[name], int(number))
     return update
+
+
+def ties(updates, density):
+    """What several updates (d_out, d_in) agree on: one update.
+
+    Yadav et al. 2023, arXiv:2306.01708, matrix by matrix. Of each update the largest
+    entries are kept, a share `density`; each place takes the sign that has the larger
+    sum there, and the mean of what is kept of that sign.
+    """
+    kept = torch.stack(updates)
+    size = kept.abs().flatten(1)
+    drop = size.shape[1] - int(density * size.shape[1])
+    least = size.kthvalue(drop + 1, keepdim=True).values.unsqueeze(-1)
+    kept = kept * (kept.abs() >= least)
+    agree = kept.sign() == kept.sum(0).sign()
+    return (kept * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def dare(update, density, generator=None):
+    """An update with a share `density` of its entries, drawn at random, the rest zero.
+
+    Yu et al. 2023, arXiv:2311.03099. What is left is divided by `density`, so that the
+    mean over many draws is the update.
+    """
+    draw = torch.rand(update.shape, generator=generator, device=update.device)
+    return update * (draw < density) / density
 
 
 def over(seeds, *runs):
@@ -376,6 +430,19 @@ def studies():
     own = lora | {"steps": 32, "start": -1, "sums": seven | pairs}
     uncut = {name: of for name, of in seven.items() if of[0] != "rank 8"}
     shared = own | {"start": 0, "sums": uncut}
+    # Plain sums, TIES and DARE, each at four weights: a mean of what agrees is larger
+    # than a share of the sum, so that TIES has weights of its own.
+    ways = {"sum": (1 / 7, 0.25, 0.35, 0.5)}
+    for density in ("0.1", "0.2", "0.5"):
+        ways |= {
+            f"TIES {density}": (0.3, 0.6, 1.0, 1.5),
+            f"DARE {density}": ways["sum"],
+        }
+    merging = {
+        f"{how}, {weight:.2f}": (how, LIBRARIES, weight)
+        for how, weights in ways.items()
+        for weight in weights
+    }
     one_for_all = lora | {"libraries": list(LIBRARIES)}
 
     changes = [
@@ -414,6 +481,7 @@ def studies():
             *over(three, own, *(one_for_all | {"steps": n} for n in (32, 224))),
             *over((1, 2), own | {"steps": 16}, shared),
         ],
+        "merging": over((1, 2), own | {"sums": merging}),
         "change": over(five, *changes),
         "decay": over(
             five, *(full | {"cuts": (8, 384), "decay": d} for d in (0.0, 1.0))

@@ -6,6 +6,7 @@ from base64 import b64decode
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
@@ -19,6 +20,7 @@ from lora.study.plots import (
     arrange,
     boundary,
     drawn,
+    heat,
     intervals,
     panels,
     use_book_style,
@@ -188,3 +190,16 @@ def test_dots_stand_in_their_rows_with_their_intervals(axes):
     assert [t.get_text() for t in axes.get_yticklabels()] == ["first", "second"]
     top, bottom = axes.transData.transform([[0, 0], [0, 1]])[:, 1]
     assert top > bottom
+
+
+def test_a_heat_map_shows_the_table(axes):
+    table = pd.DataFrame([[-0.3, 12.0], [-8.0, 1.0]], ["a", "b"], ["c", "d"])
+    heat(axes, table)
+    assert drawn(axes.figure) == [-0.3, 12, -8, 1]
+    texts = [(text.get_text(), text.get_color()) for text in axes.texts]
+    assert texts == [("0", "black"), ("12", "white"), ("−8", "white"), ("1", "black")]
+    names = [
+        [t.get_text() for t in a.get_ticklabels()] for a in (axes.xaxis, axes.yaxis)
+    ]
+    assert names == [["c", "d"], ["a", "b"]]
+    assert axes.images[0].get_clim() == (-12, 12)

@@ -195,6 +195,22 @@ def test_queries_of_rows():
     assert set(twice) == {1, 2}, "some names are drawn by both seeds, not all"
 
 
+def test_gains_over_the_base(file, monkeypatch):
+    """By query, so that runs of the same seeds can be subtracted."""
+    made, base = [], {library: [2] * 150 for library in LIBRARIES}
+    row = ROW | {"ranks": base}
+    monkeypatch.setattr(runs, "make_run", lambda **s: made.append(s) or (0, 0, row | s))
+    write(file, row)
+    runs.of_base.cache_clear()
+    better = row | {"method": "lora", "ranks": base | {"torch": [1] * 150}}
+    found = runs.gains(better, better | {"seed": 2})
+    assert list(found.index.names) == ["seed", "library", "pair"]
+    assert found.index.is_unique and len(found) == 2 * 7 * 150
+    assert (found == 50 * (found.index.get_level_values("library") == "torch")).all()
+    assert made == [{"method": "none", "seed": 2}], "a seed that is not recorded, once"
+    runs.of_base.cache_clear()
+
+
 # --- Cuts of a change, sums of adapters: on one layer, by hand ---
 
 
@@ -344,6 +360,46 @@ def test_a_run_and_what_its_merges_score(small, monkeypatch):
     adapters, hows, forms = zip(*asked)
     assert hows == ways and all(f["base"] == "NF4" for f in forms)
     assert all(B.any() for B, A in adapters[0].values()), "the trained one"
+
+
+def test_ties_keeps_what_is_large_and_agrees():
+    """By hand: half of each update; where two of three say plus, their mean."""
+    first = torch.tensor([[4.0, 1], [-3, 0]])
+    second = torch.tensor([[2.0, 5], [1, -1]])
+    third = torch.tensor([[-1.0, 0], [-5, 3]])
+    expected = torch.tensor([[3.0, 5], [-4, 3]])
+    assert torch.equal(runs.ties([first, second, third], 0.5), expected)
+    against = torch.tensor([[-9.0, 0], [0, 2]])
+    expected = torch.tensor([[-9.0, 5], [-3, 2]])
+    assert torch.equal(runs.ties([first, second, against], 0.5), expected)
+    assert torch.equal(runs.ties([first], 1.0), first)
+
+
+def test_dare_drops_at_random_and_keeps_the_mean():
+    update = torch.full((200, 200), 3.0)
+    draw = runs.dare(update, 0.25, torch.Generator().manual_seed(0))
+    assert set(draw.unique().tolist()) == {0, 12}
+    assert abs(draw.mean() - 3) < 0.2
+    again = runs.dare(update, 0.25, torch.Generator().manual_seed(0))
+    assert torch.equal(draw, again)
+    assert torch.equal(runs.dare(update, 1.0), update)
+
+
+def test_ties_and_dare_as_recorded():
+    """Each adapter and layer has a draw of its own; a seed repeats them."""
+    torch.manual_seed(0)
+    parts = [{n: (torch.randn(9, 2), torch.randn(2, 9)) for n in "ab"} for _ in "xyz"]
+    updates = [B @ A for B, A in (part["b"] for part in parts)]
+    (found,) = [runs.joined(parts, "TIES 0.2", 0.5)["b"]]
+    assert torch.equal(found, 0.5 * runs.ties(updates, 0.2))
+    draws = [runs.joined(parts, "DARE 0.5", 2.0, seed) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0]["b"], draws[1]["b"])
+    assert not torch.equal(draws[0]["b"], draws[2]["b"])
+    same = [{"a": part["a"], "b": part["a"]} for part in parts]
+    twice = runs.joined(same, "DARE 0.5", 1.0, 1)
+    assert not torch.equal(twice["a"], twice["b"])
+    whole = runs.joined(parts, "DARE 1.0", 2.0)["b"]
+    torch.testing.assert_close(whole, 2 * sum(updates))
 
 
 # --- What is planned ---
