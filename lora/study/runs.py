@@ -5,12 +5,14 @@ and writes a row for each run into `lora/study/data/runs.jsonl`; `recorded` read
 and a chapter makes some of them again. Chapter 4 of the book builds this file.
 """
 
+import functools
 import importlib.metadata
 import json
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -24,6 +26,8 @@ DATA = Path(__file__).parent / "data" / "runs.jsonl"
 # What a row depends on: the model's libraries, and those whose docstrings are read.
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
 PACKAGES += ("sympy", "networkx")
+# How many pairs each library had when the rows were made: what a seed draws from them.
+PAIRS = dict(zip(LIBRARIES, (461, 825, 375, 485, 815, 582, 457)))
 TRAINED = LIBRARIES[:5]  # sympy and networkx are left out of training
 ALL = r"encoder\.layer\.\d\..*"
 DEFAULTS = {
@@ -155,6 +159,40 @@ def points(row):
     """100 times the mean reciprocal rank over all queries that a row reports."""
     scores = [1 / rank for ranks in row["ranks"].values() for rank in ranks]
     return 100 * sum(scores) / len(scores)
+
+
+@functools.cache
+def reported(seed):
+    """Library -> which of its pairs a row of this seed reports, in the order of ranks.
+
+    A pair is told by its place in `docstring_pairs(library)` as it was when the rows
+    were made, so that a query is known again under another seed.
+    """
+    return {name: split(range(n), seed)[2] for name, n in PAIRS.items()}
+
+
+def queries(rows, libraries=LIBRARIES):
+    """One line for each query that rows report, in their order, a DataFrame.
+
+    `rows` is a DataFrame such as `recorded` gives, or a list of rows. "library" and
+    "pair" say which query it is (`reported`), "query" both in one label to cluster by;
+    "seed", and "score", 100 / rank.
+    """
+    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+    parts = [
+        pd.DataFrame(
+            {
+                "seed": row["seed"],
+                "library": library,
+                "pair": reported(row["seed"])[library],
+                "score": 100 / np.array(row["ranks"][library]),
+            }
+        )
+        for row in rows
+        for library in libraries
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(query=table["library"] + " " + table["pair"].astype(str))
 
 
 def recorded(study):

@@ -153,6 +153,35 @@ def test_points_are_the_mean_over_all_queries():
     assert runs.points(ROW) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
 
 
+# --- Which query a rank is of ---
+
+
+def test_a_query_is_known_again_under_another_seed():
+    """With the pinned libraries: the places are those of the pairs that were drawn."""
+    for seed in (1, 4):
+        for library, places in runs.reported(seed).items():
+            pairs = docstring_pairs(library)
+            assert len(pairs) == runs.PAIRS[library]
+            assert [pairs[i] for i in places] == runs.data(seed)[2][library]
+
+
+def test_queries_of_rows():
+    ranks = {library: [*range(1, 151)] for library in LIBRARIES}
+    rows = [{"seed": seed, "ranks": ranks} for seed in (1, 2)]
+    table = runs.queries(rows)
+    assert len(table) == 2 * 7 * 150 and list(table.index) == [*range(2 * 7 * 150)]
+    first = table.iloc[0]
+    assert tuple(first[["seed", "library", "score"]]) == (1, "numpy", 100)
+    assert first["query"] == f"numpy {runs.reported(1)['numpy'][0]}"
+    last = table[(table["seed"] == 2) & (table["library"] == "sympy")]
+    assert list(last["pair"]) == runs.reported(2)["sympy"]
+    assert list(last["score"]) == [100 / rank for rank in range(1, 151)]
+    some = table[table["library"].isin(["scipy"])].reset_index(drop=True)
+    assert runs.queries(runs.pd.DataFrame(rows), ["scipy"]).equals(some)
+    twice = table["query"].value_counts()
+    assert set(twice) == {1, 2}, "some names are drawn by both seeds, not all"
+
+
 # --- Cuts of a change, sums of adapters: on one layer, by hand ---
 
 
