@@ -23,6 +23,7 @@ from lora import bases, core, formats
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, documented, split
+from lora.study.evidence import clustered, interval
 
 FOLDER = Path(__file__).parent / "data"
 DATA = FOLDER / "runs.jsonl"
@@ -131,31 +132,33 @@ def ranks(model, tokenizer, tests):
     return {library: (1 / s).round().int().tolist() for library, s in scores.items()}
 
 
-def elsewhere(model, tokenizer):
-    """How a model does on what no run trains on: "asked", "everyday", "nats".
-
-    Of each question in `data/questions.csv` the rank of its answer among all functions.
-    Of each sentence in `data/everyday.csv` the rank of the one that means the same,
-    among those of all sentences and those that share words with another one; and the
-    cross-entropy of that choice, as `search.contrastive_loss` has it.
-    """
-    tables = (pd.read_csv(FOLDER / f"{n}.csv") for n in ("questions", "everyday"))
-    asked, everyday = tables
+def asked(model, tokenizer):
+    """The rank of each answer of `data/questions.csv` among all functions, ints."""
+    table = pd.read_csv(FOLDER / "questions.csv")
     shelf = {name: text for part in documented().values() for name, _, text in part}
-    answers = [shelf.pop(name) for name in asked["answer"]]
-    sides = asked["question"], [*answers, *shelf.values()]
-    sides = [search.embed(model, tokenizer, list(side)) for side in sides]
-    found = {"asked": (1 / search.reciprocal_ranks(*sides)).round().int().tolist()}
-    start, same, other = (
-        search.embed(model, tokenizer, list(everyday[c])) for c in everyday
-    )
+    answers = [shelf.pop(name) for name in table["answer"]]
+    sides = list(table["question"]), [*answers, *shelf.values()]
+    vectors = (search.embed(model, tokenizer, side) for side in sides)
+    return (1 / search.reciprocal_ranks(*vectors)).round().int().tolist()
+
+
+def everyday(model, tokenizer):
+    """How a model does on `data/everyday.csv`, no word of it about functions.
+
+    "everyday" is the rank of the sentence that means the same as the first, among those
+    of all lines and what shares the words of another line; "nats" the cross-entropy of
+    that choice, with the temperature of `search.contrastive_loss`.
+    """
+    table = pd.read_csv(FOLDER / "everyday.csv")
+    start, same, other = (search.embed(model, tokenizer, list(table[c])) for c in table)
     scores = torch.cat([start @ same.T, start @ other.T], dim=1)
-    scores.diagonal(len(start)).fill_(-1)  # the one that shares its own words
-    own = scores.diagonal()[:, None]
-    found["everyday"] = (scores >= own).sum(1).tolist()
-    nats = (20 * scores).logsumexp(1) - 20 * own[:, 0]
-    found["nats"] = [round(n, 3) for n in nats.tolist()]
-    return found
+    scores.diagonal(len(start)).fill_(-1)  # what shares the sentence's own words
+    own = scores.diagonal()
+    nats = (20 * scores).logsumexp(1) - 20 * own
+    return {
+        "everyday": (scores >= own[:, None]).sum(1).tolist(),
+        "nats": [round(n, 3) for n in nats.tolist()],
+    }
 
 
 def make_run(**settings):
@@ -164,7 +167,8 @@ def make_run(**settings):
     Settings that are not named are `DEFAULTS`. The row holds them, the rank of each
     query that is reported ("ranks") and of each query to choose by ("chosen"), the loss
     of each step, the time of a step in forward passes of the base ("step_time"), the
-    "device" that it was made on, PyTorch's default, and what is tried `elsewhere`.
+    "device" that it was made on, PyTorch's default, and if "elsewhere" is set what it
+    was `asked` and how it does `everyday`.
     Raises ValueError for a setting that there is none of.
     """
     if strange := settings.keys() - DEFAULTS.keys():
@@ -194,7 +198,7 @@ def make_run(**settings):
     row["chosen"] = ranks(model, tokenizer, choose)
     row["ranks"] = ranks(model, tokenizer, report)
     if settings["elsewhere"]:
-        row |= elsewhere(model, tokenizer)
+        row |= {"asked": asked(model, tokenizer)} | everyday(model, tokenizer)
     return tokenizer, model, row
 
 
@@ -251,6 +255,29 @@ def queries(rows, libraries=LIBRARIES):
     ]
     table = pd.concat(parts, ignore_index=True)
     return table.assign(query=table["library"] + " " + table["pair"].astype(str))
+
+
+def differences(first, second, libraries=TRAINED):
+    """What rows score above others of the same seeds, query by query, a DataFrame.
+
+    As `queries`, with "points" for the difference of two scores. A seed that only one
+    side has is left out.
+    """
+    on = ["seed", "library", "pair", "query"]
+    sides = (queries(rows, libraries) for rows in (first, second))
+    both = pd.merge(*sides, on=on)
+    return both.assign(points=both["score_x"] - both["score_y"])
+
+
+def compared(first, second, libraries=TRAINED):
+    """(over names, over seeds): what rows score above others of the same seeds.
+
+    Each is (mean, low, high) in points. Over names: had other names been asked, each
+    counted once however many seeds drew it. Over seeds: had the runs been made anew.
+    """
+    found = differences(first, second, libraries)
+    seeds = found.groupby("seed")["points"].mean()
+    return clustered(found["points"], found["query"]), interval(seeds)
 
 
 def recorded(study):
