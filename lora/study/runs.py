@@ -448,8 +448,13 @@ def studies():
         for lr in rates["lora"]
     ]
     # The same under PEFT's start. Rank 8 is where the rules meet.
-    rule = [run | {"init": "kaiming"} for run in alpha]
-    rule += [lora | {"init": "kaiming", "lr": lr} for lr in rates["lora"]]
+    rule = [
+        {"method": "lora", "init": "kaiming", "rank": r, "scale": scale, "lr": lr}
+        for r, scale in dict.fromkeys(
+            (a["rank"], a["scale"]) for a in [*alpha, DEFAULTS]
+        )
+        for lr in (2e-3, 4e-3)
+    ]
     forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
     forms += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
