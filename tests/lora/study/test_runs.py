@@ -206,6 +206,12 @@ def test_what_two_sets_of_rows_differ_in():
     assert runs.compared(better, worse, ["scipy"])[0] == (0, 0, 0)
 
 
+def test_everyday_sentences_are_sixty_and_all_different():
+    table = runs.pd.read_csv(runs.FOLDER / "everyday.csv")
+    assert list(table) == ["sentence", "same", "other"] and len(table) == 60
+    assert len(set(table.to_numpy().ravel())) == 180
+
+
 def test_everyday_sentences_by_hand(monkeypatch):
     """A sentence is two numbers. What shares its own words does not count."""
     places = {"a": (1, 0), "A": (0.8, 0.6), "a?": (1, 0), "b": (0, 1), "B": (0.6, 0.8)}
