@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 from lora import core, formats, nf4
 from lora.study import docstrings, runs, search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
+from lora.study.evidence import clustered, interval
 
 ROW = {"study": "main", "method": "none", "seed": 1, "versions": "a=1", "losses": []}
 ROW |= {"ranks": {"numpy": [1, 2], "torch": [4]}}
@@ -209,6 +210,54 @@ def test_gains_over_the_base(file, monkeypatch):
     assert (found == 50 * (found.index.get_level_values("library") == "torch")).all()
     assert made == [{"method": "none", "seed": 2}], "a seed that is not recorded, once"
     runs.of_base.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss occurred")
+def test_what_two_sets_of_rows_differ_in():
+    """One query is right in `better` and second in `worse`, in each of two seeds."""
+    worse, better = (
+        [
+            {"seed": s, "ranks": {"numpy": [rank, *[3] * 149], "scipy": [1] * 150}}
+            for s in seeds
+        ]
+        for rank, seeds in ((2, (1, 2)), (1, (2, 1, 3)))
+    )
+    both = ["numpy", "scipy"]
+    found = runs.differences(better, worse, both)
+    assert len(found) == 2 * 2 * 150, "a seed that one side lacks is left out"
+    moved = found[found["points"] != 0]
+    assert list(moved["points"]) == [50, 50] and set(moved["library"]) == {"numpy"}
+    names, seeds = runs.compared(better, worse, both)
+    assert names[0] == pytest.approx(100 / 600) and names[1] < 0 < names[2]
+    assert seeds == pytest.approx((100 / 600,) * 3), "all seeds alike: no width"
+    expected = clustered(found["points"], found["query"])
+    assert names == expected != interval(found["points"])
+    assert runs.compared(better, worse, ["scipy"])[0] == (0, 0, 0)
+
+
+def test_everyday_sentences_are_sixty_and_all_different():
+    table = runs.pd.read_csv(runs.FOLDER / "everyday.csv")
+    assert list(table) == ["sentence", "same", "other"] and len(table) == 60
+    assert len(set(table.to_numpy().ravel())) == 180
+
+
+def test_everyday_sentences_by_hand(monkeypatch):
+    """A sentence is two numbers. What shares its own words does not count."""
+    places = {"a": (1, 0), "A": (0.8, 0.6), "a?": (1, 0), "b": (0, 1), "B": (0.6, 0.8)}
+    places["b?"] = (0.8, 0.6)
+    table = {"sentence": ["a", "b"], "same": ["A", "B"], "other": ["a?", "b?"]}
+    monkeypatch.setattr(runs.pd, "read_csv", lambda file: runs.pd.DataFrame(table))
+    monkeypatch.setattr(
+        search,
+        "embed",
+        lambda m, t, some: torch.tensor([places[s] for s in some]) * 1.0,
+    )
+    found = runs.everyday(None, None)
+    # a: own 0.8, B 0.6, b? 0.8, which ties; b: own 0.8, A 0.6, a? 0
+    assert found["everyday"] == [2, 1]
+    logits = torch.tensor([[0.8, 0.6, 0.8], [0.8, 0.6, 0.0]])
+    nats = (20 * logits).logsumexp(1) - 16
+    assert found["nats"] == pytest.approx(nats.tolist(), abs=6e-4)
 
 
 # --- Cuts of a change, sums of adapters: on one layer, by hand ---
