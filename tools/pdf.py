@@ -37,6 +37,7 @@ def print_book(browser):
     text = re.sub('"../(_static|_images)/', r'"\1/', text)
     whole.write_text(text, encoding="utf-8")
     page = browser.new_page(color_scheme="light")
+    page.set_default_timeout(300_000)  # a whole book, on a busy machine
     page.goto(whole.as_uri())
     page.evaluate(READY, BASE)
     page.emulate_media(media="print")
