@@ -505,14 +505,6 @@ def studies():
         for scale in (8 / r, (8 / r) ** 0.5, 1.0)
         for lr in rates["lora"]
     ]
-    # The same under PEFT's start. Rank 8 is where the rules meet.
-    rule = [
-        {"method": "lora", "init": "kaiming", "rank": r, "scale": scale, "lr": lr}
-        for r, scale in dict.fromkeys(
-            (a["rank"], a["scale"]) for a in [*alpha, DEFAULTS]
-        )
-        for lr in (2e-3, 4e-3)
-    ]
     forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
     forms += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
@@ -538,7 +530,6 @@ def studies():
         "ranks": over(five, *(lora | {"rank": r} for r in (1, 2, 4, 16, 64))),
         "longer": over(five, lora | {"steps": 96}),
         "alpha": over((0, 6), *alpha),
-        "rule": over((0, 6), *rule),
         "bases": [
             *over(three, {"method": "none"}, *bases),
             *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),

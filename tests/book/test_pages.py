@@ -591,7 +591,7 @@ def test_the_slider_moves_through_the_ranks(page, site):
     width = page.locator(".rank-slider .window").bounding_box()["width"]
     assert all(abs(step - width) <= 1 for step in steps), "a step must be one column"
     still = page.locator(".rank-slider-still")
-    assert "Six versions" in still.get_attribute("alt"), f"{path}: the figure's alt text"
+    assert "Six versions" in still.get_attribute("alt"), f"{path}: the alt text"
     page.emulate_media(media="print")
     assert still.bounding_box()["width"] > 300, "in print the still figure must show"
     assert not slider.is_visible(), "in print the slider must go; see custom.css"
