@@ -203,7 +203,8 @@ def test_terms_are_linked_in_their_one_sense(soup, path):
         assert link.get_text().lower() == name, f"{path}: {link}"
         before = str(link.previous_sibling or "")[-20:].lower()
         said = before + link.get_text().lower()
-        assert not re.search(r"\b(reciprocal|to|we|can) rank$", said), f"{path}: {said}"
+        another = name == "rank" and re.search(r"\b(reciprocal|to|we|can) rank$", said)
+        assert not another, f"{path}: {said}"
 
 
 @each_page
@@ -528,7 +529,7 @@ def test_figures_belong_into_the_dark(page, site):
     page.emulate_media(color_scheme="dark")
     page.goto(f"{site}{CHAPTERS[0]}.html")
     page.wait_for_selector("html[data-theme=dark]")
-    image = page.locator(".cell_output figure img").first
+    image = page.locator(".cell:not(.tag_photograph) .cell_output figure img").first
     size = f"width: {picture.width}px; height: 10px; border-radius: 0"
 
     def shown():
@@ -579,7 +580,9 @@ def test_copy_buttons_copy_the_code(page, site, path):
 def test_the_slider_moves_through_the_ranks(page, site):
     path = "book/01-intrinsic-rank"
     page.goto(f"{site}{path}.html")
-    slider, picture = (page.locator(f".rank-slider {tag}") for tag in ("input", "img"))
+    slider, picture = (
+        page.locator(f".rank-slider {tag}").first for tag in ("input", "img")
+    )
     ranks, offsets = [], []
     slider.press("Home")
     for _ in range(6):
@@ -588,9 +591,9 @@ def test_the_slider_moves_through_the_ranks(page, site):
         slider.press("ArrowRight")
     assert ranks == [f"rank {k}" for k in (1, 2, 4, 8, 32, 214)], "see rank-slider.js"
     steps = {a - b for a, b in itertools.pairwise(offsets)}
-    width = page.locator(".rank-slider .window").bounding_box()["width"]
+    width = page.locator(".rank-slider .window").first.bounding_box()["width"]
     assert all(abs(step - width) <= 1 for step in steps), "a step must be one column"
-    still = page.locator(".rank-slider-still")
+    still = page.locator(".rank-slider-still").first
     assert "Six versions" in still.get_attribute("alt"), f"{path}: the alt text"
     page.emulate_media(media="print")
     assert still.bounding_box()["width"] > 300, "in print the still figure must show"
