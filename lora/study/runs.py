@@ -21,7 +21,7 @@ from lora import bases, core, formats, nf4
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
-from lora.study.evidence import clustered, interval
+from lora.study.evidence import Verdict, clustered, interval
 
 FOLDER = Path(__file__).parent / "data"
 DATA = FOLDER / "runs.jsonl"
@@ -247,6 +247,21 @@ def compared(first, second, libraries=TRAINED):
     found = differences(first, second, libraries)
     seeds = found.groupby("seed")["points"].mean()
     return clustered(found["points"], found["query"]), interval(seeds)
+
+
+def is_ahead(first, second, libraries=TRAINED):
+    """Whether rows score above others of the same seeds: over names, one verdict."""
+    over_names, _ = compared(first, second, libraries)
+    return Verdict(over_names[1] > 0, *over_names)
+
+
+def both(first, second, libraries=TRAINED):
+    """`compared` as columns of a table, each a text like "1.5 [1.0, 2.0]"."""
+    texts = (
+        f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
+        for mean, low, high in compared(first, second, libraries)
+    )
+    return dict(zip(("over names", "over seeds"), texts))
 
 
 def recorded(study):

@@ -233,6 +233,11 @@ def test_what_two_sets_of_rows_differ_in():
     expected = clustered(found["points"], found["query"])
     assert names == expected != interval(found["points"])
     assert runs.compared(better, worse, ["scipy"])[0] == (0, 0, 0)
+    assert not runs.is_ahead(better, worse, both).stands, "one name is no lead"
+    shown = runs.both(better, worse, both)
+    assert shown["over names"].startswith("0.2 [−") and shown["over seeds"] == (
+        "0.2 [0.2, 0.2]"
+    )
 
 
 def test_everyday_sentences_are_sixty_and_all_different():
