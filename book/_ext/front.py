@@ -6,6 +6,7 @@ filter. When the pages are written, they are made lighter.
 
 import hashlib
 import html
+import io
 import logging
 import re
 import shutil
@@ -24,6 +25,7 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from fontTools import subset
 from fontTools.ttLib import TTFont
+from PIL import Image
 
 from lora.formats import NF4, round_trip, to_codes
 from lora.study import plots
@@ -456,6 +458,16 @@ def icons(static, used):
     sheet.write_text(css, encoding="utf-8")
 
 
+def fewer_colours(file):
+    """Store a figure in 256 colours, where that takes fewer bytes."""
+    with Image.open(file) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    data = io.BytesIO()
+    small.save(data, "png")
+    if data.tell() < file.stat().st_size:
+        file.write_bytes(data.getvalue())
+
+
 def lighten(app, exception):
     if exception or app.builder.name != "html":
         return
@@ -463,6 +475,8 @@ def lighten(app, exception):
     if paper(""):
         shutil.copy(PDF, out)
     narrow_figures(app)
+    for figure in (out / "_images").glob("*.png"):
+        fewer_colours(figure)
     static = out / "_static"
     for file in out.rglob("*.html"):
         if "_static" not in file.parts:

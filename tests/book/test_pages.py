@@ -238,7 +238,7 @@ def contrast(a, b):
 MEASURE = """async () => {
   await window.MathJax?.startup?.promise;
   const maths = [...document.querySelectorAll('.math')];
-  const screens = document.documentElement.scrollHeight / innerHeight;
+  const screens = document.documentElement.scrollHeight / 900;
   const folds = [...document.querySelectorAll('details:not([open])')];
   for (const fold of folds) fold.open = true;
   const fact = {
