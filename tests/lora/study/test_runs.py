@@ -101,6 +101,27 @@ def test_what_a_method_trains(small, method, trainable):
     assert not any(p.requires_grad for p in model.pooler.parameters())
 
 
+def test_the_start_of_peft(small, monkeypatch, tokenizer):
+    """A is uniform on ±1 / sqrt(d_in), whatever the rank, and is trained from there."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 1}
+    model = BertModel(BertConfig(num_hidden_layers=1, **sizes)).eval()
+    monkeypatch.setattr(search, "load_minilm", lambda: (tokenizer, model))
+    settings = runs.DEFAULTS | {"init": "kaiming", "rank": 16, "scale": 2.0}
+    runs.prepare(model, settings)
+    first = {n: w.A.clone() for n, w in runs.bases.find(model, core.LoRALinear).items()}
+    assert {A.shape[1] for A in first.values()} == {16, 64}
+    for A in first.values():
+        most = A.shape[1] ** -0.5
+        assert 0.9 * most < A.abs().max() <= most
+        assert abs(A.std() - most / 3**0.5) < 0.1 * most
+    pairs = runs.data(0)[0]
+    search.fine_tune(model, tokenizer, pairs, steps=2, lr=0.05)
+    for name, wrapper in runs.bases.find(model, core.LoRALinear).items():
+        assert wrapper.scale == 2 and wrapper.A.requires_grad
+        assert wrapper.B.any() and not torch.equal(wrapper.A, first[name]), name
+
+
 def test_a_run_and_its_row(small):
     settings = {"rank": 2, "steps": 2, "lr": 0.05, "seed": 3, "decay": 0.0}
     tokenizer, model, row = runs.make_run(**settings)
@@ -478,7 +499,7 @@ def test_no_run_is_planned_twice():
 def test_a_seed_that_chooses_does_not_report():
     for study, entries in runs.studies().items():
         for settings in entries:
-            chooses = study in ("rates", "alpha")
+            chooses = study in ("rates", "alpha", "rule", "places")
             assert (settings["seed"] in (0, 6)) == chooses
 
 
