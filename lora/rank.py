@@ -3,18 +3,14 @@
 Shapes: a weight W is (d_out, d_in), its update BA has B (d_out, r) and A (r, d_in).
 Leading batch dimensions are allowed where a function says `(..., m, n)`. Sources:
 Eckart & Young 1936 (Psychometrika 1:211-218) for `truncate`; Hu et al. 2021
-(arXiv:2106.09685, section 4) for the counts; Li et al. 2018 (arXiv:1804.08838, section
-2) for `RandomSubspace`.
+(arXiv:2106.09685, section 4) for the counts.
 """
 
 from numbers import Integral
 
 import torch
-from torch import nn
-from torch.func import functional_call
 
 from lora.checks import check_number
-from lora.core import freeze_all
 
 
 def training_bytes(
@@ -75,40 +71,6 @@ def rank_for_energy(matrix):
     Returns an int64 tensor of shape (...).
     """
     return (energy(matrix) < 0.9).sum(-1) + 1
-
-
-class RandomSubspace(nn.Module):
-    """`model`, moved along d random directions of all its D parameters.
-
-    The parameters are theta = theta_0 + P z (Li et al. 2018, section 2). theta_0 (D,)
-    are those of `model`, which is kept, not copied, and frozen. P (D, d) is Gaussian,
-    drawn from `seed`, with columns of length one; it costs D · d numbers. z (d,) starts
-    at zero and is all that trains.
-    """
-
-    @torch.inference_mode(False)  # what is made there could not be trained
-    def __init__(self, model, dimension, seed=0):
-        super().__init__()
-        self.model = model
-        parameters = list(model.parameters())
-        total = sum(p.numel() for p in parameters)
-        plain = {"dtype": torch.float64, "device": "cpu"}  # whatever the defaults are
-        generator = torch.Generator("cpu").manual_seed(seed)
-        P = torch.randn(total, dimension, generator=generator, **plain)
-        self.register_buffer("P", (P / P.norm(dim=0)).to(parameters[0]))
-        self.z = nn.Parameter(torch.zeros_like(self.P[0]))
-        freeze_all(model)  # last: if memory runs out above, the model is as it was
-
-    def theta(self):
-        """theta_0 + P z, as a dict from parameter name to tensor."""
-        named = dict(self.model.named_parameters())
-        moves = (self.P @ self.z).split([p.numel() for p in named.values()])
-        return {
-            name: p + move.view_as(p) for (name, p), move in zip(named.items(), moves)
-        }
-
-    def forward(self, *inputs):
-        return functional_call(self.model, self.theta(), inputs)
 
 
 def lora_parameters(d_in, d_out, rank):

@@ -29,7 +29,7 @@ from lora.adapters import (
 )
 from lora.formats import LEVELS, round_trip
 from lora.nf4 import NF4Linear, quantize_model
-from lora.rank import RandomSubspace
+from lora.study.training import RandomSubspace
 
 DEVICE = os.environ.get("LORA_DEVICE", "lazy")
 REAL = DEVICE != "lazy"
