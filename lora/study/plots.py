@@ -114,16 +114,6 @@ def boundary(ax, model, x, y, shown=200):
     ax.grid(False)
 
 
-def intervals(ax, rows, color=LORA):
-    """A dot with its interval for each of `rows`, label -> (mean, low, high), down."""
-    for i, (mean, low, high) in enumerate(rows.values()):
-        ax.plot([low, high], [i, i], color=color, ls="-")
-        ax.plot(mean, i, "o", color=color)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.axvline(0, color="black", lw=1, ls="--")
-
-
 def layer():
     """Draw a LoRA layer: the frozen W above, the detour through A and B below."""
     figure, ax = plt.subplots(figsize=(4.3, 2.4))

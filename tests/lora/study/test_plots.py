@@ -21,7 +21,6 @@ from lora.study.plots import (
     boundary,
     drawn,
     heat,
-    intervals,
     panels,
     use_book_style,
 )
@@ -160,13 +159,6 @@ def test_a_boundary_is_drawn_where_the_classifier_changes_its_mind(axes):
         if len(p.vertices) > 9
     )
     assert line.vertices[:, 0] == pytest.approx(1.5, abs=0.03)
-
-
-def test_intervals_stand_from_above_at_their_values(axes):
-    intervals(axes, {"a": (1, 0.5, 1.5), "b": (-1, -2, 0)})
-    assert drawn(axes.figure)[:6] == pytest.approx([0.5, 0, 1.5, 0, 1, 0])
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
-    assert axes.yaxis_inverted() and axes.get_ylim() == (1.5, -0.5)
 
 
 def test_the_diagram_has_the_parts_of_a_layer_in_their_colours():
