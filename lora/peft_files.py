@@ -44,8 +44,7 @@ def plain_name(name):
 def write_adapter(folder, adapters, head=None):
     """Write updates, layer's name -> update, and a module `head` into `folder`.
 
-    Raises ValueError, before anything is written, if a number is not finite, or if
-    there is the head of an earlier saving and none is given.
+    Bad numbers raise before anything is written.
     """
     adapters = {plain_name(layer): adapter for layer, adapter in adapters.items()}
     weights = {
@@ -112,10 +111,7 @@ def peft_config(adapters):
 
 
 def mark_of(config):
-    """A hash of the settings that decide the function, however they are written.
-
-    It is the same in all files of one saving.
-    """
+    """A hash of the settings that decide the function: the same in one saving."""
     settings = {key: config.get(key) or None for key in FUNCTION}
     numbers = json.loads(json.dumps(settings), parse_int=float)
     text = json.dumps(numbers, sort_keys=True)
@@ -125,10 +121,9 @@ def mark_of(config):
 def read_adapter(folder, model, bases, head=None):
     """What `folder` holds, checked: layer's name -> (A, B, alpha), and a head's state.
 
-    `bases` are the layers of `model` that may have adapters, name -> base. The layers
-    are those that the settings name; where these are `None` to `selected`, those that
-    the file of weights holds, as PEFT writes no others. Raises an error if anything
-    does not fit; nothing is changed.
+    `bases` are the layers of `model` that may have adapters, name -> base. Chosen are
+    those that the settings name; where `selected` cannot say, those that the file of
+    weights holds, as PEFT writes no others.
     """
     config = read_config(folder)
     file, mark = folder / WEIGHTS, mark_of(config)
@@ -215,8 +210,8 @@ def selected(config, names):
 def pattern_values(key, config, names, default):
     """Layer's name -> value, by PEFT's rule: an expression matches a name's end.
 
-    Raises ValueError where two give a layer different values: PEFT sorts them when it
-    saves, and takes the first. Also for an expression that is not `quick`.
+    Two that give a layer different values are refused: PEFT sorts them when it saves,
+    and takes the first.
     """
     holders, values = {}, {}
     for name in names:
@@ -266,10 +261,9 @@ def quick(expression):
 
 
 def read_tensors(file, like, mark, rename=str):
-    """The tensors of a file, name -> tensor, if they fit those of `like`, no other.
+    """The tensors of a file, name -> tensor, as those of `like`; they must fit these.
 
-    Each is given the dtype and device of the one in `like`. `rename`: a function of a
-    tensor's name in the file.
+    `rename` is a function of a tensor's name in the file.
     """
     with safe_open(file, "pt") as stored:
         if (stored.metadata() or {}).get("settings", mark) != mark:
@@ -291,11 +285,7 @@ def read_tensors(file, like, mark, rename=str):
 
 
 def read_head(file, head, mark):
-    """The state for a module `head`, checked against it; None without one.
-
-    Raises ValueError if there is a head and no module for it: without it the answers
-    would be wrong.
-    """
+    """The state for a module `head`, checked against it; None without one."""
     if head is not None:
         return read_tensors(file, head.state_dict(), mark)
     if file.exists():

@@ -23,11 +23,9 @@ def training_bytes(
 ):
     """Bytes that training with AdamW keeps for its parameters: a dict of three entries.
 
-    `trainable` and `frozen` are numbers of parameters; the other arguments are bytes
-    for one number (4: float32, 2: bfloat16, 0.5: 4 bits). A trainable parameter costs
-    its weight, its gradient and two moments (AdamW's m and v), a frozen one its weight
-    alone: by default 16 bytes against 4. Activations are not counted. Raises ValueError
-    for what is no number of at least 0.
+    `trainable` and `frozen` are numbers of parameters, the other arguments bytes for
+    one number (4: float32, 2: bfloat16, 0.5: 4 bits). A frozen parameter costs its
+    weight alone: by default 4 bytes against 16. Activations are not counted.
     """
     # as Python's numbers: NumPy's integers would overflow
     n = {name: check_number(name, value, 0) for name, value in locals().items()}
@@ -42,9 +40,8 @@ def truncate(matrix, rank):
     """A best approximation of `matrix` (..., m, n) by one of rank `rank` or less.
 
     It keeps the `rank` largest singular values: the least Frobenius norm of the
-    difference (Eckart & Young 1936). Where the last one kept equals the next, there are
-    several best ones. Not made for backpropagation: where two singular values are
-    equal, the gradient is NaN. Raises ValueError for a negative rank.
+    difference (Eckart & Young 1936). Not made for backpropagation: where two singular
+    values are equal, the gradient is NaN.
     """
     rank = check_number("rank", rank, least=0, kind=Integral)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -66,18 +63,12 @@ def energy(matrix):
 
 
 def rank_for_energy(matrix):
-    """Smallest k such that rank k keeps 90% of the energy of `matrix` (..., m, n).
-
-    Returns an int64 tensor of shape (...).
-    """
+    """Smallest k such that rank k keeps 90% of the energy of `matrix`: int64, (...)."""
     return (energy(matrix) < 0.9).sum(-1) + 1
 
 
 def lora_parameters(d_in, d_out, rank):
-    """Entries of A (rank, d_in) and B (d_out, rank) together (Hu et al. 2021, §4.1).
-
-    Raises ValueError unless all three are integers of at least 1.
-    """
+    """Entries of A (rank, d_in) and B (d_out, rank) together (Hu et al. 2021, §4.1)."""
     sizes = {"d_in": d_in, "d_out": d_out, "rank": rank}
     d_in, d_out, rank = (check_number(n, v, 1, Integral) for n, v in sizes.items())
     return rank * (d_in + d_out)
