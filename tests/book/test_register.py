@@ -1,6 +1,7 @@
 """A chapter is added in one place: `_toc.yml`, and its notebook's own metadata."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,16 @@ def faults(names, tested, owned, shown):
             yield f"lora/{file}.py has no test file tests/lora/{test}.py"
         if name not in owned and not shown[name]:
             yield f"lora/{file}.py is built by no chapter and shown in none"
+
+
+def test_mutants_that_nothing_kills_are_of_lines_that_exist():
+    listed = (ROOT / "tools/equivalent-mutants.md").read_text()
+    code = {f"lora.{name}.": file.read_text() for name, file in sources().items()}
+    diffs = re.findall(r"@@ (\S+) @@\n-(.*)", listed)
+    assert diffs
+    for place, line in diffs:
+        (module,) = (name for name in code if place.startswith(name))
+        assert line in code[module].splitlines(), f"{place}: {line.strip()}"
 
 
 def test_every_module_has_tests_and_a_chapter():
