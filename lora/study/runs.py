@@ -12,7 +12,6 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -202,51 +201,41 @@ def reported(seed):
     return {name: split(range(n), seed)[2] for name, n in PAIRS.items()}
 
 
-def queries(rows, libraries=LIBRARIES):
-    """One line for each query that rows report, in their order, a DataFrame.
+def scores(rows, libraries=LIBRARIES):
+    """100 / rank of each query that rows report: a Series by seed, library and pair.
 
-    `rows` is a DataFrame such as `recorded` gives, or a list of rows. "library" and
-    "pair" say which query it is (`reported`), "query" both in one label to cluster by;
-    "seed", and "score", 100 / rank.
+    `rows` is a DataFrame such as `recorded` gives, or a list of rows. A pair is told as
+    `reported` tells it. What others of the same seeds score can be subtracted.
     """
     rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
-    parts = [
-        pd.DataFrame(
-            {
-                "seed": row["seed"],
-                "library": library,
-                "pair": reported(row["seed"])[library],
-                "score": 100 / np.array(row["ranks"][library]),
-            }
-        )
+    found = [
+        (row["seed"], library, pair, 100 / rank)
         for row in rows
         for library in libraries
+        for pair, rank in zip(reported(row["seed"])[library], row["ranks"][library])
     ]
-    table = pd.concat(parts, ignore_index=True)
-    return table.assign(query=table["library"] + " " + table["pair"].astype(str))
+    table = pd.DataFrame(found, columns=["seed", "library", "pair", "score"])
+    return table.set_index(["seed", "library", "pair"])["score"]
 
 
-def differences(first, second, libraries=TRAINED):
-    """What rows score above others of the same seeds, query by query, a DataFrame.
+def intervals(points, level=0.95):
+    """(over names, over seeds): the mean of what `scores` gives, or of a difference.
 
-    As `queries`, with "points" for the difference of two scores. A seed that only one
-    side has is left out.
+    Each is (mean, low, high). Over names: had other names been asked, each counted once
+    however many seeds drew it. Over seeds: had the runs been made anew.
     """
-    on = ["seed", "library", "pair", "query"]
-    sides = (queries(rows, libraries) for rows in (first, second))
-    both = pd.merge(*sides, on=on)
-    return both.assign(points=both["score_x"] - both["score_y"])
+    names = points.index.droplevel("seed").to_flat_index()
+    by_seed = points.groupby("seed").mean()
+    return clustered(points, names, level), interval(by_seed, level)
 
 
-def compared(first, second, libraries=TRAINED):
-    """(over names, over seeds): what rows score above others of the same seeds.
+def compared(first, second, libraries=TRAINED, level=0.95):
+    """`intervals` of what rows score above others of the same seeds, in points.
 
-    Each is (mean, low, high) in points. Over names: had other names been asked, each
-    counted once however many seeds drew it. Over seeds: had the runs been made anew.
+    A seed that only one side has is left out.
     """
-    found = differences(first, second, libraries)
-    seeds = found.groupby("seed")["points"].mean()
-    return clustered(found["points"], found["query"]), interval(seeds)
+    ahead = scores(first, libraries) - scores(second, libraries)
+    return intervals(ahead.dropna(), level)
 
 
 def is_ahead(first, second, libraries=TRAINED):
@@ -288,15 +277,8 @@ def of_base(seed):
 
 
 def gains(*rows):
-    """What each query gains over the base, in points: by seed, library and pair.
-
-    A Series over all queries that the rows report. Those of other rows of the same
-    seeds can be subtracted from it.
-    """
-    keys = ["seed", "library", "pair"]
-    before = [of_base(row["seed"]) for row in rows]
-    now, then = (queries(of).set_index(keys)["score"] for of in (rows, before))
-    return now - then
+    """What each query gains over the base: a Series as `scores` gives it."""
+    return scores(rows) - scores([of_base(row["seed"]) for row in rows])
 
 
 def planned(settings):

@@ -200,20 +200,19 @@ def test_a_query_is_known_again_under_another_seed():
             assert [pairs[i] for i in places] == runs.data(seed)[2][library]
 
 
-def test_queries_of_rows():
+def test_scores_of_rows():
     ranks = {library: [*range(1, 151)] for library in LIBRARIES}
     rows = [{"seed": seed, "ranks": ranks} for seed in (1, 2)]
-    table = runs.queries(rows)
-    assert len(table) == 2 * 7 * 150 and list(table.index) == [*range(2 * 7 * 150)]
-    first = table.iloc[0]
-    assert tuple(first[["seed", "library", "score"]]) == (1, "numpy", 100)
-    assert first["query"] == f"numpy {runs.reported(1)['numpy'][0]}"
-    last = table[(table["seed"] == 2) & (table["library"] == "sympy")]
-    assert list(last["pair"]) == runs.reported(2)["sympy"]
-    assert list(last["score"]) == [100 / rank for rank in range(1, 151)]
-    some = table[table["library"].isin(["scipy"])].reset_index(drop=True)
-    assert runs.queries(runs.pd.DataFrame(rows), ["scipy"]).equals(some)
-    twice = table["query"].value_counts()
+    found = runs.scores(rows)
+    assert found.index.names == ["seed", "library", "pair"]
+    assert found.index.is_unique and len(found) == 2 * 7 * 150
+    assert found.index[0] == (1, "numpy", runs.reported(1)["numpy"][0])
+    last = found[found.index.isin([2], "seed") & found.index.isin(["sympy"], "library")]
+    assert list(last.index.get_level_values("pair")) == runs.reported(2)["sympy"]
+    assert list(last) == [100 / rank for rank in range(1, 151)]
+    some = found[found.index.isin(["scipy"], "library")]
+    assert runs.scores(runs.pd.DataFrame(rows), ["scipy"]).equals(some)
+    twice = found.groupby(["library", "pair"]).size()
     assert set(twice) == {1, 2}, "some names are drawn by both seeds, not all"
 
 
@@ -244,15 +243,18 @@ def test_what_two_sets_of_rows_differ_in():
         for rank, seeds in ((2, (1, 2)), (1, (2, 1, 3)))
     )
     both = ["numpy", "scipy"]
-    found = runs.differences(better, worse, both)
+    found = (runs.scores(better, both) - runs.scores(worse, both)).dropna()
     assert len(found) == 2 * 2 * 150, "a seed that one side lacks is left out"
-    moved = found[found["points"] != 0]
-    assert list(moved["points"]) == [50, 50] and set(moved["library"]) == {"numpy"}
+    moved = found[found != 0]
+    assert list(moved) == [50, 50] and set(moved.index.get_level_values(1)) == {"numpy"}
     names, seeds = runs.compared(better, worse, both)
+    assert (names, seeds) == runs.intervals(found)
     assert names[0] == pytest.approx(100 / 600) and names[1] < 0 < names[2]
     assert seeds == pytest.approx((100 / 600,) * 3), "all seeds alike: no width"
-    expected = clustered(found["points"], found["query"])
-    assert names == expected != interval(found["points"])
+    asked = [f"{library} {pair}" for _, library, pair in found.index]
+    assert names == pytest.approx(clustered(found, asked)) != interval(found)
+    wide = runs.compared(better, worse, both, level=0.99)
+    assert wide[0] == pytest.approx(clustered(found, asked, 0.99))
     assert runs.compared(better, worse, ["scipy"])[0] == (0, 0, 0)
     assert not runs.is_ahead(better, worse, both).stands, "one name is no lead"
     shown = runs.both(better, worse, both)
