@@ -24,3 +24,23 @@ document.getElementById("pst-primary-sidebar")?.setAttribute("role", "navigation
 document.getElementById("pst-primary-sidebar")?.setAttribute("aria-label", "Book");
 for (const entry of document.querySelectorAll('[role="doc-biblioentry"]'))
   entry.setAttribute("role", "listitem");
+
+// A paragraph that is a link to a question of the laboratory opens it in its place.
+for (const link of document.querySelectorAll('.bd-article p > a:only-child[href*="lab.html#"]')) {
+  const line = link.parentElement;
+  if (line.textContent.trim() !== link.textContent) continue;
+  const frame = Object.assign(document.createElement("iframe"), { className: "lab-here", title: link.textContent });
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: "Open it here", ariaExpanded: "false" });
+  line.classList.add("lab-try");
+  line.append(" ", button);
+  button.addEventListener("click", () => {
+    const open = frame.isConnected;
+    if (open) frame.remove();
+    else {
+      frame.src = link.href;
+      line.after(frame);
+    }
+    button.textContent = open ? "Open it here" : "Close it";
+    button.ariaExpanded = String(!open);
+  });
+}

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from functools import cache
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import torch
@@ -505,6 +506,30 @@ def test_the_bench(visit):
     text = page.inner_text("#bench-status")
     error, bound = map(float, re.findall(r"0\.\d+", text))
     assert bound == 0.75 and bound <= error < 0.77
+
+
+@pytest.mark.parametrize("chapter", ["02-implementation", "03-experiment"])
+def test_a_chapter_opens_it_with_the_dials_set(new_context, book, chapter):
+    """From disk, too; without a script it is a link."""
+    page = new_context().new_page()
+    page.goto((book / "book" / f"{chapter}.html").as_uri())
+    links = page.locator('.bd-article p > a[href^="lab.html#"]')
+    assert links.count() >= 2 and not page.locator("iframe").count()
+    for i in range(links.count()):
+        page.locator(".lab-try button").nth(i).click()
+        frame = page.frame_locator("iframe")
+        frame.locator("#b-epoch:not(:empty)").wait_for()
+        dials, changed = frame.locator('#lab [name^="b."]'), set()
+        for dial in dials.all():
+            name, value = dial.get_attribute("name"), dial.input_value()
+            changed |= {(name, value)}
+        question = links.nth(i).get_attribute("href").partition("#")[2]
+        wanted = frame.locator(f"#{question} a").first.get_attribute("href")
+        query = parse_qsl(urlsplit(wanted).query)
+        assert query and {(k, v) for k, v in query if k[0] == "b"} <= changed
+        assert not frame.locator("h1").is_visible(), "the laboratory stands alone"
+        page.locator(".lab-try button").nth(i).click()
+        assert not page.locator("iframe").count()
 
 
 @pytest.mark.parametrize("how", ["no script", "print"])

@@ -251,6 +251,13 @@ function makeRunB() {
 		option.defaultSelected = ["full", "0.001"].includes(option.value);
 }
 
+/* Inside a chapter the laboratory stands alone, its dials set as a question sets them. */
+function questionOf(hash) {
+	if (window.parent === window) return "";
+	document.documentElement.classList.add("lab-framed");
+	return hash && document.querySelector(`${hash} a[href*="lab.html?"]`)?.search;
+}
+
 function build() {
 	makeRunB();
 	for (const id of ["lab", "bench"]) {
@@ -275,7 +282,7 @@ function build() {
 	new ResizeObserver(redraw).observe(find("lab-losses"));
 	new MutationObserver(redraw).observe(document.documentElement, { attributes: true });
 	const { search, hash } = window.location;
-	setAll(hash.includes("=") ? hash.slice(1) : search);
+	setAll(hash.includes("=") ? hash.slice(1) : questionOf(hash) || search);
 }
 
 build();
