@@ -524,7 +524,7 @@ def studies():
     # scale 1 at more of them, for LoRA's best rate against full fine-tuning's.
     scales = (8, 1.0), (1, 8.0), (1, 1.0), (64, 0.125), (64, 1.0)
     kaiming = [lora | {"init": "kaiming", "rank": r, "scale": s} for r, s in scales]
-    rule = [run | {"lr": lr} for run in kaiming for lr in (2e-3, 4e-3)]
+    rule = [run | {"lr": lr} for lr in (2e-3, 4e-3) for run in kaiming]
     same = [run for run in kaiming if run["scale"] == 1]
     wider = [run | {"lr": lr} for run in same for lr in (1e-3, 8e-3)]
     forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
