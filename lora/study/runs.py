@@ -522,7 +522,7 @@ def studies():
     ]
     # The same under PEFT's start: with alpha / r and with a constant, at two rates. At
     # scale 1 at more of them, for LoRA's best rate against full fine-tuning's.
-    scales = (8, 1.0), (1, 8.0), (1, 1.0), (64, 0.125), (64, 1.0)
+    scales = (8, 1.0), (1, 8.0), (64, 0.125), (1, 1.0), (64, 1.0)
     kaiming = [lora | {"init": "kaiming", "rank": r, "scale": s} for r, s in scales]
     rule = [run | {"lr": lr} for lr in (2e-3, 4e-3) for run in kaiming]
     same = [run for run in kaiming if run["scale"] == 1]
