@@ -520,13 +520,10 @@ def studies():
         for scale in (8 / r, (8 / r) ** 0.5, 1.0)
         for lr in rates["lora"]
     ]
-    # The same under PEFT's start: with alpha / r and with a constant, at two rates. At
-    # scale 1 at more of them, for LoRA's best rate against full fine-tuning's.
-    scales = (8, 1.0), (1, 8.0), (64, 0.125), (1, 1.0), (64, 1.0)
-    kaiming = [lora | {"init": "kaiming", "rank": r, "scale": s} for r, s in scales]
-    rule = [run | {"lr": lr} for lr in (2e-3, 4e-3) for run in kaiming]
-    same = [run for run in kaiming if run["scale"] == 1]
-    wider = [run | {"lr": lr} for run in same for lr in (1e-3, 8e-3)]
+    # A doubled rank, alpha and rate left as they are, under PEFT's start.
+    peft = [
+        lora | {"init": "kaiming", "rank": r, "scale": 8 / r} for r in (8, 1, 64)
+    ]
     forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
     forms += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
@@ -537,11 +534,6 @@ def studies():
     attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
     mlp = r".*\.\d\.(intermediate|output)\.dense"
     placed = [(attention, 18), (mlp, 14), (last, 24)]
-    tuned = [
-        lora | {"targets": t, "rank": r, "lr": lr}
-        for lr in rates["lora"][1:]
-        for t, r in placed
-    ]
     return {
         "rates": over((0, 6), *grid),
         "main": over(five, {"method": "none"}, lora, full | {"cuts": KS}),
@@ -557,11 +549,10 @@ def studies():
         "ranks": over(five, *(lora | {"rank": r} for r in (1, 2, 4, 16, 64))),
         "longer": over(five, lora | {"steps": 96}),
         "alpha": over((0, 6), *alpha),
-        "rule": [*over((0, 6), *rule), *over((0, 6), *wider)],
+        "rule": over((0,), *peft),
         "bases": [
             *over(three, {"method": "none"}, *bases),
             *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
         ],
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
-        "places": over((0, 6), *tuned),
     }
