@@ -502,6 +502,8 @@ def studies():
         for scale in (8 / r, (8 / r) ** 0.5, 1.0)
         for lr in rates["lora"]
     ]
+    # A doubled rank, alpha and rate left as they are, under PEFT's start.
+    peft = [lora | {"init": "kaiming", "rank": r, "scale": 8 / r} for r in (8, 1, 64)]
     forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
     forms += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
@@ -527,6 +529,7 @@ def studies():
         "ranks": over(five, *(lora | {"rank": r} for r in (1, 2, 4, 16, 64))),
         "longer": over(five, lora | {"steps": 96}),
         "alpha": over((0, 6), *alpha),
+        "rule": over((0,), *peft),
         "bases": [
             *over(three, {"method": "none"}, *bases),
             *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
