@@ -529,7 +529,12 @@ def test_figures_belong_into_the_dark(page, site):
     page.emulate_media(color_scheme="dark")
     page.goto(f"{site}{CHAPTERS[0]}.html")
     page.wait_for_selector("html[data-theme=dark]")
-    image = page.locator(".cell:not(.tag_photograph) .cell_output figure img").first
+    image = page.query_selector(".cell:not(.tag_photograph) .cell_output figure img")
+    # A lazy picture would not be decoded before it is in view: it would wait for ever.
+    image.evaluate("""i => {
+      i.closest('picture')?.querySelectorAll('source').forEach(s => s.remove());
+      i.loading = 'eager';
+    }""")
     size = f"width: {picture.width}px; height: 10px; border-radius: 0"
 
     def shown():
