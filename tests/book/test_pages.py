@@ -555,6 +555,30 @@ def test_figures_belong_into_the_dark(page, site):
 
 
 @each_chapter
+def test_fine_print_is_open_in_a_wide_margin_and_covers_nothing(page, site, path):
+    boxes = """() => [...document.querySelectorAll(
+        "details.note, .bd-article section > p, figure > figcaption")]
+      .filter(e => !e.parentElement.closest("details") && e.offsetHeight)
+      .map(e => [e.localName, e.open ?? true, e.getBoundingClientRect().toJSON()])"""
+    page.goto(f"{site}{path}.html")
+    notes = page.locator("details.note:not(details *)")
+    assert notes.count() and page.locator("details.note[open]").count() == 0
+    page.set_viewport_size({"width": 1700, "height": 900})
+    page.reload()
+    page.wait_for_selector("details.note[open]")
+    found = page.evaluate(boxes)
+    text = max(box["right"] for name, _, box in found if name == "p")
+    margin = [box for name, _, box in found if name != "p" and box["left"] > text]
+    details = [box for name, _, box in found if name == "details"]
+    assert all(box in margin for box in details), f"{path}: fine print in the text"
+    margin.sort(key=lambda box: box["top"])
+    for box, below in itertools.pairwise(margin):
+        assert box["bottom"] <= below["top"] + 1, f"{path}: {box} covers {below}"
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 1700, f"{path}: wider than its window"
+
+
+@each_chapter
 def test_solutions_are_folded_and_open(page, site, path):
     page.goto(f"{site}{path}.html")
     count = sum(cell.source.startswith("# @title Solution") for cell in cells(path))
