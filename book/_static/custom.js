@@ -18,6 +18,20 @@ addEventListener("afterprint", () => {
 // The theme makes what scrolls focusable when the window changes; so when a fold opens.
 document.addEventListener("toggle", () => dispatchEvent(new Event("resize")), true);
 
+// In a margin fine print is open, unless it would cover a caption there.
+addEventListener("load", () => {
+  if (!matchMedia("screen and (min-width: 1600px)").matches) return;
+  const captions = [...document.querySelectorAll("figure:not(details *) > figcaption")];
+  for (const note of document.querySelectorAll("details.note:not(details *)")) {
+    note.open = true;
+    const { top, bottom } = note.getBoundingClientRect();
+    note.open = captions.every((caption) => {
+      const box = caption.getBoundingClientRect();
+      return box.bottom < top || bottom < box.top;
+    });
+  }
+});
+
 // What the theme's HTML lacks for screen readers: the side bar is a landmark, and a
 // list has list items.
 document.getElementById("pst-primary-sidebar")?.setAttribute("role", "navigation");

@@ -529,7 +529,12 @@ def test_figures_belong_into_the_dark(page, site):
     page.emulate_media(color_scheme="dark")
     page.goto(f"{site}{CHAPTERS[0]}.html")
     page.wait_for_selector("html[data-theme=dark]")
-    image = page.locator(".cell:not(.tag_photograph) .cell_output figure img").first
+    image = page.query_selector(".cell:not(.tag_photograph) .cell_output figure img")
+    # A lazy picture would not be decoded before it is in view: it would wait for ever.
+    image.evaluate("""i => {
+      i.closest('picture')?.querySelectorAll('source').forEach(s => s.remove());
+      i.loading = 'eager';
+    }""")
     size = f"width: {picture.width}px; height: 10px; border-radius: 0"
 
     def shown():
@@ -547,6 +552,30 @@ def test_figures_belong_into_the_dark(page, site):
         assert contrast(colour, paper) >= 3, f"{ink} becomes {colour} on {paper}"
     image.evaluate("i => i.closest('.cell').classList.add('tag_photograph')")
     assert shown()[0] == (255, 255, 255), "a photograph stays as it is"
+
+
+@each_chapter
+def test_fine_print_is_open_in_a_wide_margin_and_covers_nothing(page, site, path):
+    boxes = """() => [...document.querySelectorAll(
+        "details.note, .bd-article section > p, figure > figcaption")]
+      .filter(e => !e.parentElement.closest("details") && e.offsetHeight)
+      .map(e => [e.localName, e.open ?? true, e.getBoundingClientRect().toJSON()])"""
+    page.goto(f"{site}{path}.html")
+    notes = page.locator("details.note:not(details *)")
+    assert notes.count() and page.locator("details.note[open]").count() == 0
+    page.set_viewport_size({"width": 1700, "height": 900})
+    page.reload()
+    page.wait_for_selector("details.note[open]")
+    found = page.evaluate(boxes)
+    text = max(box["right"] for name, _, box in found if name == "p")
+    margin = [box for name, _, box in found if name != "p" and box["left"] > text]
+    details = [box for name, _, box in found if name == "details"]
+    assert all(box in margin for box in details), f"{path}: fine print in the text"
+    margin.sort(key=lambda box: box["top"])
+    for box, below in itertools.pairwise(margin):
+        assert box["bottom"] <= below["top"] + 1, f"{path}: {box} covers {below}"
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 1700, f"{path}: wider than its window"
 
 
 @each_chapter
