@@ -104,7 +104,8 @@ def seeds(text):
     for tick in (0.5, 0, -0.5, -1, -1.5):
         at = {"x1": "2.6rem", "x2": "100%", "y1": y(tick), "y2": y(tick)}
         marks += mark("line", kind="grid", **at)
-        marks += mark("text", minus(f"{tick:+g}"), x=0, y=y(tick), dy="0.35em")
+        label = minus(f"{tick:+g}") if tick else "0"
+        marks += mark("text", label, x=0, y=y(tick), dy="0.35em")
     for n, value in enumerate(values, 1):
         x, seed = f"{9 + 90 * (n - 0.5) / len(values):.2f}%", ""
         if n > 1:
@@ -125,7 +126,7 @@ def seeds(text):
 <svg role="img" width="100%" height="{high}" aria-label="Against the number of seeds:
 each seed's difference as a dot, and the mean of all so far with its 95% interval."
 >{marks}</svg>
-<output>{name} minus full, {len(values)} seeds: {mean} [{low}, {upper}] points.</output>
+<output>{len(values)} seeds, {name} minus full: {mean} [{low}, {upper}] points.</output>
 </div>"""
 
 

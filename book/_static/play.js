@@ -114,14 +114,15 @@ for (const play of document.querySelectorAll(".seeds-play")) {
       set(seed.querySelector("line"), { y1: y(low), y2: y(upper), class: kind });
       set(seed.querySelector("rect"), { y: y(mean) });
     });
-    let said = `1 seed: ${plus(values[0])} points. One value has no interval.`;
+    let said = `${plus(values[0])} points. One value has no interval.`;
     if (n > 1) {
       const [mean, low, upper] = interval(values.slice(0, n));
       const verdict = low > 0 ? "Ahead of full fine-tuning?"
         : upper < 0 ? "Behind full fine-tuning?" : "No difference is shown.";
-      said = `${n} seeds: ${plus(mean)} [${plus(low)}, ${plus(upper)}] points. ${verdict}`;
+      said = `${plus(mean)} [${plus(low)}, ${plus(upper)}] points. ${verdict}`;
     }
-    play.querySelector("output").textContent = `${choice.value} minus full, ${said}`;
+    play.querySelector("output").textContent =
+      `${n} seed${n > 1 ? "s" : ""}, ${choice.value} minus full: ${said}`;
     for (const button of play.querySelectorAll("button"))
       button.disabled = n === order.length && button.dataset.add > 0;
   };
