@@ -141,6 +141,10 @@ for (const play of document.querySelectorAll(".seeds-play")) {
       n = more ? Math.min(order.length, n + more) : 1;
       show();
     });
+  addEventListener("beforeprint", () => {
+    n = order.length;
+    show();
+  });
   play.interval = interval;
   show();
 }

@@ -57,8 +57,14 @@ def test_a_toy_stands_without_scripts_and_on_paper(new_context, site, name):
     page.close()
     page = new_context().new_page()
     page.goto(f"{site}book/{PAGES[name]}.html")
-    controls = page.locator(f".{name}-play").locator("input, select, button")
-    assert all(control.is_visible() for control in controls.all())
+    toy = page.locator(f".{name}-play")
+    controls = toy.locator("input, select, button").all()
+    assert controls and all(control.is_visible() for control in controls)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    assert not any(control.is_visible() for control in controls)
+    assert toy.locator("table, svg").first.is_visible()
+    assert name != "seeds" or toy.locator("g:visible").count() == 40
 
 
 # Eight numbers in NF4 --------------------------------------------------------------
