@@ -69,10 +69,13 @@ class Panel {
 	}
 
 	hear(report) {
-		[this.report, this.busy] = [report, false];
+		this.report = report;
 		if (report.finished) this.training = false;
-		if (this.waiting) this.send(this.waiting);
-		this.waiting = null;
+		if (!report.finished && !report.training) this.busy = false; // it is an answer
+		if (this.waiting && !this.busy) {
+			this.send(this.waiting);
+			this.waiting = null;
+		}
 		if (!(report.training && stillness.matches)) this.draw();
 		(this.id === "bench" ? tellBench : tellRun)(this);
 		showButtons();
