@@ -73,7 +73,7 @@ function axes(canvas, { x, y, xTicks = [], yTicks, log, below, height = 125 }) {
 	pen.textAlign = "center";
 	for (const tick of xTicks) pen.fillText(tick, X(tick), bottom + 15);
 	pen.textAlign = "right";
-	pen.fillText(below, left - 8, bottom + 15);
+	pen.fillText(below, left - 5, bottom + 15);
 	pen.textAlign = "center";
 	return { pen, ink, X, Y, bottom };
 }
