@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
-import torch
 import yaml
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -27,7 +26,6 @@ from fontTools import subset
 from fontTools.ttLib import TTFont
 from PIL import Image
 
-from lora.formats import NF4, round_trip, to_codes
 from lora.study import plots
 from tools.kit import ledger, register
 from tools.kit.figures import pictures
@@ -92,30 +90,6 @@ B times a flat thin matrix A. Together A and B hold far fewer numbers than W.</t
 <span class="count">Rank <b>{rank}</b>: <b>{thin:,}</b> trained numbers beside
 {SIDE**2:,} frozen ones, <b>{thin / SIDE**2:.1%}</b>.</span></figcaption>
 </figure>"""
-
-
-def nf4_play():
-    """Eight numbers, their codes in NF4 and what comes back; play.js moves them."""
-    values = torch.tensor([0.12, -0.55, 0.31, 2.0, -0.08, 0.9, -1.3, 0.02])
-    codes, _ = to_codes(values, NF4, len(values))
-    back = round_trip(values, "NF4", len(values))
-    rows = ""
-    for value, code, stored in zip(values.tolist(), codes.tolist(), back.tolist()):
-        numbers = (f"{value:.2f}", f"{code:04b}", f"{stored:.2f}")
-        cells = [f'<td class="number">{n.replace("-", "−")}</td>' for n in numbers]
-        cells.append(f'<td class="number">{stored - value:.2f}</td>'.replace("-", "−"))
-        rows += f"""<tr><td><input type="range" min="-3" max="3" step="0.01"
- value="{value:.2f}" aria-label="A number" hidden></td>{"".join(cells)}</tr>
-"""
-    error = ((values - back).norm() / values.norm()).item()
-    return f"""<div class="nf4-play" data-levels="{NF4.tolist()}">
-<div class="table-frame" role="region" tabindex="0" aria-label="Eight numbers in NF4">
-<table><thead><tr><td></td><th class="number">number</th><th class="number">code</th>
-<th class="number">comes back as</th><th class="number">off by</th></tr></thead>
-<tbody>{rows}</tbody></table></div>
-<output>Scale {values.abs().max():.2f}, the largest of the eight.
-What comes back is off by {error:.1%}.</output></div>
-<script src="../_static/play.js" defer></script>"""
 
 
 def contents():
@@ -498,7 +472,6 @@ def setup(app):
         ("start", start),
         ("rank-dial", rank_dial),
         ("contents-of-the-book", contents),
-        ("nf4-play", nf4_play),
         ("verdicts", verdicts),
         ("terms", terms),
     ]:
