@@ -1,0 +1,145 @@
+"""The pages one acts on: the recipe, the rules collected on it, the questions."""
+
+import re
+
+import pytest
+
+from tools.kit import rules
+from tools.kit.bound import BOUND
+from tools.kit.ledger import sections
+from tools.kit.notebooks import PLAIN
+from tools.kit.register import BOOK, ROOT, executed, notebooks
+
+QUESTIONS = (BOOK / "questions.md").read_text()
+LINK = re.compile(r"\[([^\]]+)\]\(([\w-]+\.ipynb)#([^)]+)\)")
+SECTIONS = {f"{name}.ipynb": sections(book) for name, book in executed().items()}
+
+
+def answers(text):
+    """Question -> its answer, of the page's source."""
+    parts = re.split(r"^#{2,3} (.+)\n", text, flags=re.MULTILINE)[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return {question: answer for question, answer in pairs if answer.strip()}
+
+
+ASKED = answers(QUESTIONS.partition("## Not answered here")[0])
+
+
+def stems(text):
+    """Beginnings of words, by which "layers" is "layer" and "merging" is "merge"."""
+    return {word[:5].rstrip("s") for word in re.findall(r"[^\W_]+", text.lower())}
+
+
+def faults(answer, known):
+    """A sentence for each link that lands where nothing of the answer is."""
+
+    def holds(text, number):
+        return re.search(rf"(?<![\w.,]){re.escape(number)}(?!\w|[.,]\d)", text)
+
+    links = LINK.findall(answer)
+    numbers = {m["shown"] for m in BOUND.finditer(answer) if m["shown"]}
+    places = {}
+    for label, page, anchor in links:
+        if anchor not in known.get(page, {}):
+            yield f"no section {page}#{anchor}"
+            continue
+        places[page, anchor] = there = PLAIN.sub("", "\n".join(known[page][anchor]))
+        said = {word for word in stems(label) if len(word) > 2} & stems(there)
+        if not said and not any(holds(there, number) for number in numbers):
+            yield f"{page}#{anchor} has neither a number of the answer nor {label!r}"
+    for number in numbers:
+        reported = "peft1836" in answer or any(
+            holds(t, number) for t in places.values()
+        )
+        if not reported:
+            yield f"{number} stands in no section that is linked"
+
+
+@pytest.mark.parametrize("question", ASKED)
+def test_an_answer_is_short_and_leads_to_what_shows_it(question):
+    answer = ASKED[question]
+    assert LINK.search(answer), "no link to a section"
+    assert not list(faults(answer, SECTIONS))
+    said = PLAIN.sub("", re.sub(r"\]\([^)]*\)", "]", answer))
+    assert len(said.split()) < 60, "an answer is a sentence or two"
+
+
+def test_answers_that_lead_nowhere():
+    answer = ASKED["May I merge in bfloat16?"]
+    for old, new, fault in (
+        ("#merging-in-bfloat16", "#merging-in-float8", "no section"),
+        ("#merging-in-bfloat16", "#tied-weights", "stands in no section"),
+        ("83%", "84%", "stands in no section"),
+    ):
+        assert old in answer
+        assert fault in "".join(faults(answer.replace(old, new), SECTIONS))
+    link = "[merging](02-implementation.ipynb#activations)"
+    assert "has neither" in "".join(faults(link, SECTIONS))
+
+
+def test_questions_are_many_and_some_have_no_answer():
+    assert len(ASKED) >= 60
+    open_ones = re.findall(r"^- \*\*.+\?\*\* \w", QUESTIONS, re.MULTILINE)
+    assert len(open_ones) >= 5
+
+
+SEARCHES = (ROOT / "tests/book/searches.csv").read_text().splitlines()[1:]
+STOP = stems("a an and are can do does for how i in is it many much my of on or the to")
+
+
+@pytest.mark.parametrize("query", [line.split(",")[0] for line in SEARCHES])
+def test_what_people_type_is_asked_or_answered(query):
+    wanted = stems(query) - STOP
+    pages = [stems(question + " " + answer) for question, answer in ASKED.items()]
+    assert any(wanted <= page for page in pages), f"no question about {query!r}"
+
+
+# The rules --------------------------------------------------------------------------
+
+
+def test_every_rule_of_every_chapter_is_on_the_recipe_once(soup):
+    listed = soup["book/recipe.html"].select(".rules li")
+    written = [
+        (name, rule)
+        for name, book in notebooks().items()
+        for cell in book.cells
+        if cell.cell_type == "markdown"
+        for rule in re.findall(r"^> \*\*Rule to keep\.\*\* (.+)$", cell.source, re.M)
+    ]
+    assert len(listed) == len(written) == len(rules.rules()) > 20
+    shown = {}
+    for item in listed:
+        place = item.find_all("a")[-1]
+        shown[stem(item.get_text())] = place["href"].split(".html#")
+    for name, rule in written:
+        text = stem(PLAIN.sub("", rule))
+        (found,) = [at for said, at in shown.items() if said.startswith(text)]
+        assert found[0] == name, rule
+        section = soup[f"book/{name}.html"].find(id=found[1])
+        assert text in stem(section.get_text()), f"{rule}: not in {found[1]}"
+
+
+def stem(text):
+    """Letters and digits of a text without its formulas."""
+    text = re.sub(r"\$[^$]*\$|\\\(.*?\\\)|\]\([^)]*\)", "", text)
+    return re.sub(r"\W", "", text)
+
+
+def test_a_rule_stands_under_the_decision_that_links_to_its_section():
+    groups = rules.grouped()
+    where = {
+        rule.link: question for question, rules in groups.items() for rule in rules
+    }
+    layers = "04-a-pretrained-model.ipynb#which-layers-all-or-at-least-the-mlp"
+    assert where[layers] == "3. Which layers?"
+    assert sum(len(group) for group in groups.values()) == len(rules.rules())
+    assert list(groups)[-1] is None, "those that no decision links to come last"
+
+
+def test_the_checks_of_the_recipe_are_those_that_ran():
+    """The code on the page stands in a cell of the notebook, letter for letter."""
+    text = (BOOK / "recipe.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "lora_" in c
+               and "assert" in c]  # fmt: skip
+    cells = "\n".join(cell.source for cell in executed()["recipe-run"].cells)
+    assert code.strip() in cells
