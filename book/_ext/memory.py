@@ -51,7 +51,7 @@ def form():
 <label>Bits of the base <select name="bits">{options(BITS, "4.127")}</select></label>
 <label>Rank <select name="rank">{options(ranks, "16")}</select></label>
 <label>Adapters on <select name="adapted">{options(places, "all")}</select></label>
-{number("length", "Tokens in a row", 2048)}
+{number("row", "Tokens in a row", 2048)}
 {number("batch", "Rows in a batch", 1)}
 <label><input name="checkpointing" type="checkbox" checked> Checkpointing</label>
 <label><input name="cast" type="checkbox"> Adapters keep a float32 copy of their input,
@@ -65,7 +65,7 @@ as in PEFT</label>
 
 def play():
     items = training_memory(SHAPES["7B"], **EXAMPLE)
-    total, largest = sum(items.values()), 1.08 * 24e9
+    total, largest = sum(items.values()), 1.18 * 24e9
     card = next(size for size in GPUS if 0.9e9 * size >= total)
 
     def gb(n):

@@ -13,7 +13,8 @@ class RulesToKeep(SphinxDirective):
             self.env.note_dependency(str(chapter.path))
         lines = []
         for question, group in rules.grouped().items():
-            lines += [f"**{question or 'And for all of it'}**", ""]
+            also = any(question == rule.chapter for rule in group)
+            lines += [f"**{'Also, from ' * also}{question}**", ""]
             for rule in group:
                 place = f"[{rule.chapter}: {rule.section}]({rule.link})"
                 lines.append(f"- {rule.text} {place}")

@@ -52,8 +52,7 @@ for (const play of document.querySelectorAll(".memory-play")) {
     const bits = Number(field("bits").value);
     return {
       kind: field("kind").value, tables: Number(field("tables").value), ...shape, bits,
-      rank: own("rank"), length: own("length"), batch: own("batch"),
-      tokens: own("length") * own("batch"), itemsize: bits === 32 ? 4 : 2,
+      rank: own("rank"), batch: own("batch"), tokens: own("row") * own("batch"), itemsize: bits === 32 ? 4 : 2,
       adapted: { all: ["attention", "MLP"] }[field("adapted").value] ?? [field("adapted").value],
       checkpointing: field("checkpointing").checked, cast: field("cast").checked,
     };
@@ -64,7 +63,7 @@ for (const play of document.querySelectorAll(".memory-play")) {
     [!s.checkpointing && "turn checkpointing on", { checkpointing: true }],
     [s.cast && s.itemsize < 4 && "use adapters that keep no copies", { cast: false }],
     [s.bits > 5 && "store the base in four bits", { bits: nf4, itemsize: 2 }],
-    [s.batch > 1 ? "halve the batch and accumulate" : "halve the length", { tokens: s.tokens / 2 }],
+    [s.batch > 1 ? "halve the batch and accumulate" : "halve the row", { tokens: s.tokens / 2 }],
     [s.rank > 1 && "halve the rank", { rank: s.rank / 2 }],
   ].filter(([text]) => text).map(([text, change]) => {
     const saved = sum(Object.values(memory(s))) - sum(Object.values(memory({ ...s, ...change })));
@@ -73,7 +72,7 @@ for (const play of document.querySelectorAll(".memory-play")) {
 
   const show = () => {
     const s = settings(), items = memory(s), total = sum(Object.values(items));
-    const largest = Math.max(total, 24e9) * 1.08;
+    const largest = Math.max(total, 24e9) * 1.18;
     for (const [name, bytes] of Object.entries(items)) {
       play.querySelector(`[data-part="${name}"]`).style.width = `${(100 * bytes) / largest}%`;
       play.querySelector(`[data-size="${name}"]`).textContent = gb(bytes);

@@ -1,9 +1,11 @@
 """The pages one acts on: the recipe, the rules collected on it, the questions."""
 
+import random
 import re
 
 import pytest
 
+from lora.memory import MLP, SHAPES, Shape, training_memory
 from tools.kit import rules
 from tools.kit.bound import BOUND
 from tools.kit.ledger import sections
@@ -133,7 +135,9 @@ def test_a_rule_stands_under_the_decision_that_links_to_its_section():
     layers = "04-a-pretrained-model.ipynb#which-layers-all-or-at-least-the-mlp"
     assert where[layers] == "3. Which layers?"
     assert sum(len(group) for group in groups.values()) == len(rules.rules())
-    assert list(groups)[-1] is None, "those that no decision links to come last"
+    asked = list(rules.questions())
+    places = [asked.index(g) if g in asked else len(asked) for g in groups]
+    assert places == sorted(places), "those that no decision links to come last"
 
 
 def test_the_checks_of_the_recipe_are_those_that_ran():
@@ -143,3 +147,81 @@ def test_the_checks_of_the_recipe_are_those_that_ran():
                and "assert" in c]  # fmt: skip
     cells = "\n".join(cell.source for cell in executed()["recipe-run"].cells)
     assert code.strip() in cells
+
+
+# The calculator of memory ------------------------------------------------------------
+
+
+def test_the_calculator_and_chapter_6_say_the_same():
+    """But for the logits, which the chapter leaves out and counts in a note."""
+    bound = {}
+    for cell in notebooks()["06-a-four-bit-base"].cells:
+        bound |= cell.metadata.get("bound", {})
+    said = [re.match(r'total\["(\w+), (\w+)"\]:\.1f', key) for key in bound]
+    said = [match for match in said if match]
+    assert len(said) >= 5
+    for match in said:
+        bits = {"NF4": 4.127, "bfloat16": 16}[match[2]]
+        items = training_memory(SHAPES[match[1]], 2048, bits=bits)
+        total = sum(items.values()) - items["logits"]
+        assert float(bound[match[0]]) == pytest.approx(total / 1e9, abs=0.06), match[0]
+
+
+def settings():
+    """A hundred cases as the page has them, and what the package counts for each."""
+    draw = random.Random(0).choice
+    parts = [["attention"], ["MLP"], ["attention", "MLP"]]
+    for _ in range(100):
+        kind, tables = draw([*MLP]), draw([1, 2])
+        sizes = draw([2, 80]), draw([64, 8192]), draw([64, 1024]), draw([256, 28672])
+        shape = Shape(*sizes, draw([50, 128_256]), kind, tables)
+        options = {
+            "tokens": draw([1, 5000]),
+            "rank": draw([1, 64]),
+            "adapted": draw(parts),
+            "bits": draw([4.127, 16, 32]),
+            "itemsize": draw([2, 4]),
+            "checkpointing": draw([True, False]),
+            "cast": draw([True, False]),
+        }
+        yield shape._asdict() | options, training_memory(shape, **options)
+
+
+def test_the_calculator_counts_as_the_package(page, site):
+    page.goto(f"{site}book/recipe.html")
+    play = page.locator(".memory-play")
+    cases, wanted = zip(*settings(), strict=True)
+    found = play.evaluate("(play, all) => all.map(play.memory)", cases)
+    for case, said, counted in zip(cases, found, wanted, strict=True):
+        assert said == pytest.approx(counted), case
+
+    play.get_by_label("Model", exact=True).select_option("70B")
+    play.get_by_label("Adapters on").select_option("attention")
+    play.get_by_label("Rows in a batch").fill("2")
+    play.get_by_label("Checkpointing").uncheck()
+    items = training_memory(
+        SHAPES["70B"], 4096, 16, ("attention",), 4.127, checkpointing=False
+    )
+    for name, size in [*items.items(), ("sum", sum(items.values()))]:
+        text = play.locator(f"td[data-size='{name}']").inner_text()
+        assert float(text) == pytest.approx(size / 1e9, abs=0.06), name
+    said = play.locator("output").inner_text()
+    assert "No single card" in said and "first turn checkpointing on" in said
+
+    assert not play.get_by_label("Width", exact=True).is_visible()
+    play.get_by_label("Model", exact=True).select_option("own")
+    play.get_by_label("Width", exact=True).fill("64")
+    base = training_memory(SHAPES["7B"]._replace(width=64), 1, bits=4.127)["base"]
+    text = play.locator("td[data-size='base']").inner_text()
+    assert float(text) == pytest.approx(base / 1e9, abs=0.006)
+
+
+@pytest.mark.parametrize("name", ["recipe", "06-a-four-bit-base"])
+def test_without_scripts_the_calculator_shows_an_example(new_context, site, name):
+    page = new_context(java_script_enabled=False).new_page()
+    page.goto(f"{site}book/{name}.html")
+    play = page.locator(".memory-play")
+    assert not play.locator("form").is_visible()
+    total = sum(training_memory(SHAPES["7B"], 2048, bits=4.127).values()) / 1e9
+    assert f"{total:.1f} GB" in play.locator("output").inner_text()
+    assert play.locator(".memory-bar span").count() == 6

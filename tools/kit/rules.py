@@ -1,7 +1,7 @@
 """The rules to keep, collected from the chapters: `> **Rule to keep.** …` in each.
 
-The recipe page shows them by question: a rule belongs to the first of its sections that
-links to the rule's own.
+The recipe page shows them by decision: a rule belongs to the last one that links to the
+rule's section, and where none does, to its chapter.
 """
 
 import re
@@ -44,9 +44,9 @@ def questions():
 
 
 def grouped():
-    """Question, or "Elsewhere", -> its rules."""
+    """A decision, or else a chapter's title, -> its rules."""
     asked, groups = questions(), {}
     for rule in rules():
-        home = next((q for q, links in asked.items() if rule.link in links), None)
-        groups.setdefault(home, []).append(rule)
-    return {q: groups[q] for q in [*asked, None] if q in groups}
+        homes = [q for q, links in asked.items() if rule.link in links]
+        groups.setdefault(homes[-1] if homes else rule.chapter, []).append(rule)
+    return {q: groups.pop(q) for q in asked if q in groups} | groups
