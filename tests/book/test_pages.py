@@ -620,11 +620,14 @@ SEARCHES = (ROOT / "tests/book/searches.csv").read_text().splitlines()[1:]
 
 @pytest.mark.parametrize("line", SEARCHES)
 def test_what_people_type_finds_a_section(searched, line):
-    """Among the first three: of that page (0: of any chapter), with these words."""
+    """Among the first three: of that page (0: of any chapter), with these words.
+
+    Or a question with them: test_practice.py follows its links.
+    """
     query, page, words = line.split(",")
     found = searched(query)[:3]
     assert any(
-        f"book/{page}" in hit["url"]
+        (f"book/{page}" in hit["url"] or "book/questions" in hit["url"])
         and words.lower() in (hit["text"] + hit["names"]).lower()
         for hit in found
     ), f"{query!r} finds {[hit['url'] for hit in found]}; see book/_ext/search.py"

@@ -195,10 +195,13 @@ def test_the_calculator_counts_as_the_package(page, site):
     for case, said, counted in zip(cases, found, wanted, strict=True):
         assert said == pytest.approx(counted), case
 
-    play.get_by_label("Model", exact=True).select_option("70B")
-    play.get_by_label("Adapters on").select_option("attention")
-    play.get_by_label("Rows in a batch").fill("2")
-    play.get_by_label("Checkpointing").uncheck()
+    def field(name):
+        return play.locator(f"form [name={name}]")
+
+    field("model").select_option("70B")
+    field("adapted").select_option("attention")
+    field("batch").fill("2")
+    field("checkpointing").uncheck()
     items = training_memory(
         SHAPES["70B"], 4096, 16, ("attention",), 4.127, checkpointing=False
     )
@@ -208,9 +211,9 @@ def test_the_calculator_counts_as_the_package(page, site):
     said = play.locator("output").inner_text()
     assert "No single card" in said and "first turn checkpointing on" in said
 
-    assert not play.get_by_label("Width", exact=True).is_visible()
-    play.get_by_label("Model", exact=True).select_option("own")
-    play.get_by_label("Width", exact=True).fill("64")
+    assert not field("width").is_visible()
+    field("model").select_option("own")
+    field("width").fill("64")
     base = training_memory(SHAPES["7B"]._replace(width=64), 1, bits=4.127)["base"]
     text = play.locator("td[data-size='base']").inner_text()
     assert float(text) == pytest.approx(base / 1e9, abs=0.006)
