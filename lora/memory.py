@@ -52,60 +52,49 @@ SHAPES = {
 }
 
 
-def saved_by_a_block(shape, tokens, rank, adapted=PARTS, itemsize=2, cast=False):
+def saved_by_a_block(shape, tokens, rank, on=PARTS, itemsize=2, cast=False):
     """Bytes that autograd saves in one block for its backward pass.
 
-    `itemsize`: bytes of a number of the activations; `cast`: each adapter keeps a
-    float32 copy of its input, as PEFT's do on a base in half precision.
+    `on`: the parts with adapters; `itemsize`: bytes of a number of the activations;
+    `cast`: each adapter keeps a float32 copy of its input, as PEFT's do on a base in
+    half precision.
     """
-    d, cast = shape.width, cast and itemsize < 4
+    d, cast, copies = shape.width, cast and itemsize < 4, 0  # of A and B, in half
     _, always, own = MLP[shape.kind]
     norm = 4 if shape.kind == "SwiGLU" else itemsize
     kept = itemsize * (2 * d + 2 * shape.kv + always * shape.mlp) + 2 * norm * d
-    copies = 0  # of A and B in the type of the input
-    for part in adapted:
+    for part in on:
         shapes = shape.matrices(part)
         if cast:
             kept += 4 * sum(d_in + rank for d_in, _ in shapes)
         else:
-            kept += itemsize * (d + (own * shape.mlp if part == "MLP" else 0))
-            kept += itemsize * rank * len(shapes)
+            inner = own * shape.mlp if part == "MLP" else 0
+            kept += itemsize * (d + inner + rank * len(shapes))
             copies += itemsize * sum(lora_parameters(*s, rank) for s in shapes)
     return tokens * kept + (copies if itemsize < 4 else 0)
 
 
 def training_memory(
-    shape,
-    tokens,
-    rank=16,
-    adapted=PARTS,
-    bits=16,
-    itemsize=2,
-    checkpointing=True,
-    cast=False,
+    shape, tokens, rank=16, on=PARTS, bits=16, itemsize=2, checkpoint=True, cast=False
 ):
     """Bytes of a training step by item, a dict; their sum is an upper bound.
 
     `tokens` are those of a batch, padding included; `bits` those of a weight of the
     base's blocks, scales included (NF4: 4.127). Embedding and head have `itemsize`,
-    adapters and AdamW's moments float32. With `checkpointing` each block keeps its
-    input, and one block at a time is computed again. "logits" are the float32
+    adapters ("weights") and AdamW's moments float32. With `checkpoint` each block keeps
+    its input, and one block at a time is computed again. "logits" are the float32
     log-probabilities and their gradient.
     """
     linear = shape.blocks * sum(a * b for p in PARTS for a, b in shape.matrices(p))
-    tables = shape.tables * shape.vocabulary * shape.width
-    adapters = shape.blocks * sum(
-        lora_parameters(*s, rank) for part in adapted for s in shape.matrices(part)
+    adapters = sum(
+        lora_parameters(*s, rank) for part in on for s in shape.matrices(part)
     )
-    base = training_bytes(0, linear, frozen_bytes=bits / 8)["weights"]
-    block = saved_by_a_block(shape, tokens, rank, adapted, itemsize, cast)
+    tables = shape.tables * shape.vocabulary * shape.width * itemsize
+    block = saved_by_a_block(shape, tokens, rank, on, itemsize, cast)
     inputs = shape.blocks * tokens * shape.width * itemsize
-    trained = training_bytes(adapters)
     return {
-        "base": base + tables * itemsize,
-        "adapters": trained["weights"],
-        "gradients": trained["gradients"],
-        "AdamW m and v": trained["AdamW m and v"],
-        "activations": inputs + block if checkpointing else shape.blocks * block,
+        "base": training_bytes(0, linear, frozen_bytes=bits / 8)["weights"] + tables,
+        **training_bytes(shape.blocks * adapters),
+        "activations": inputs + block if checkpoint else shape.blocks * block,
         "logits": 2 * 4 * tokens * shape.vocabulary,
     }

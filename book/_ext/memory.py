@@ -13,7 +13,7 @@ BITS = {"4.127": "4, NF4", "8.5": "8", "16": "16, bfloat16", "32": "32, float32"
 EXAMPLE = {"bits": 4.127, "tokens": 2048}
 ITEMS = {
     "base": "frozen base",
-    "adapters": "adapters",
+    "weights": "adapters",
     "gradients": "their gradients",
     "AdamW m and v": "AdamW's two moments",
     "activations": "activations",
@@ -50,10 +50,10 @@ def form():
 <label>Model <select name="model">{options(models, "7B")}</select></label>
 <label>Bits of the base <select name="bits">{options(BITS, "4.127")}</select></label>
 <label>Rank <select name="rank">{options(ranks, "16")}</select></label>
-<label>Adapters on <select name="adapted">{options(places, "all")}</select></label>
+<label>Adapters on <select name="on">{options(places, "all")}</select></label>
 {number("row", "Tokens in a row", 2048)}
 {number("batch", "Rows in a batch", 1)}
-<label><input name="checkpointing" type="checkbox" checked> Checkpointing</label>
+<label><input name="checkpoint" type="checkbox" checked> Checkpointing</label>
 <label><input name="cast" type="checkbox"> Adapters keep a float32 copy of their input,
 as in PEFT</label>
 <fieldset class="memory-own" hidden><legend>The model’s config.json says</legend>

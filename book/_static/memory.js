@@ -11,7 +11,7 @@ for (const play of document.querySelectorAll(".memory-play")) {
   const matrices = ({ width: d, kv, mlp: m, kind }, part) => part === "attention"
     ? [[d, d], [d, kv], [d, kv], [d, d]]
     : [...Array(mlp[kind][0] - 1).fill([d, m]), [m, d]];
-  const numbers = (s) => sum(s.adapted.flatMap((part) =>
+  const numbers = (s) => sum(s.on.flatMap((part) =>
     matrices(s, part).map(([a, b]) => s.rank * (a + b))));
 
   const block = (s) => {
@@ -19,7 +19,7 @@ for (const play of document.querySelectorAll(".memory-play")) {
     const [, always, own] = mlp[s.kind];
     const norm = s.kind === "SwiGLU" ? 4 : s.itemsize;
     let kept = s.itemsize * (2 * s.width + 2 * s.kv + always * s.mlp) + 2 * norm * s.width;
-    for (const part of s.adapted) {
+    for (const part of s.on) {
       const all = matrices(s, part);
       kept += cast
         ? 4 * sum(all.map(([a]) => a + s.rank))
@@ -36,10 +36,10 @@ for (const play of document.querySelectorAll(".memory-play")) {
     const inputs = s.blocks * s.tokens * s.width * s.itemsize;
     return {
       base: (linear * s.bits) / 8 + s.tables * s.vocabulary * s.width * s.itemsize,
-      adapters: 4 * adapters,
+      weights: 4 * adapters,
       gradients: 4 * adapters,
       "AdamW m and v": 8 * adapters,
-      activations: s.checkpointing ? inputs + block(s) : s.blocks * block(s),
+      activations: s.checkpoint ? inputs + block(s) : s.blocks * block(s),
       logits: 8 * s.tokens * s.vocabulary,
     };
   };
@@ -53,14 +53,14 @@ for (const play of document.querySelectorAll(".memory-play")) {
     return {
       kind: field("kind").value, tables: Number(field("tables").value), ...shape, bits,
       rank: own("rank"), batch: own("batch"), tokens: own("row") * own("batch"), itemsize: bits === 32 ? 4 : 2,
-      adapted: { all: ["attention", "MLP"] }[field("adapted").value] ?? [field("adapted").value],
-      checkpointing: field("checkpointing").checked, cast: field("cast").checked,
+      on: { all: ["attention", "MLP"] }[field("on").value] ?? [field("on").value],
+      checkpoint: field("checkpoint").checked, cast: field("cast").checked,
     };
   };
 
   // What to change first: each change tried by itself, the largest saving before the others.
   const changes = (s) => [
-    [!s.checkpointing && "turn checkpointing on", { checkpointing: true }],
+    [!s.checkpoint && "turn checkpointing on", { checkpoint: true }],
     [s.cast && s.itemsize < 4 && "use adapters that keep no copies", { cast: false }],
     [s.bits > 5 && "store the base in four bits", { bits: nf4, itemsize: 2 }],
     [s.batch > 1 ? "halve the batch and accumulate" : "halve the row", { tokens: s.tokens / 2 }],

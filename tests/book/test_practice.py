@@ -178,10 +178,10 @@ def settings():
         options = {
             "tokens": draw([1, 5000]),
             "rank": draw([1, 64]),
-            "adapted": draw(parts),
+            "on": draw(parts),
             "bits": draw([4.127, 16, 32]),
             "itemsize": draw([2, 4]),
-            "checkpointing": draw([True, False]),
+            "checkpoint": draw([True, False]),
             "cast": draw([True, False]),
         }
         yield shape._asdict() | options, training_memory(shape, **options)
@@ -199,11 +199,11 @@ def test_the_calculator_counts_as_the_package(page, site):
         return play.locator(f"form [name={name}]")
 
     field("model").select_option("70B")
-    field("adapted").select_option("attention")
+    field("on").select_option("attention")
     field("batch").fill("2")
-    field("checkpointing").uncheck()
+    field("checkpoint").uncheck()
     items = training_memory(
-        SHAPES["70B"], 4096, 16, ("attention",), 4.127, checkpointing=False
+        SHAPES["70B"], 4096, 16, ("attention",), 4.127, checkpoint=False
     )
     for name, size in [*items.items(), ("sum", sum(items.values()))]:
         text = play.locator(f"td[data-size='{name}']").inner_text()

@@ -113,7 +113,8 @@ def measured(name, adapted=PARTS, dtype=torch.float32, library="here"):
 
 @pytest.mark.parametrize("name", FITTED)
 def test_the_blocks_that_it_was_read_from(name):
-    assert measured(name) == pytest.approx(1, abs=0.05)
+    off = 0.05 if name == "Phi" else 0.01  # it has one norm for both parts
+    assert measured(name) == pytest.approx(1, abs=off)
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
@@ -151,16 +152,14 @@ def test_a_whole_model():
     tokens = ids.numel()
     said = training_memory(shape, tokens, RANK, bits=32, itemsize=4)
     assert said["base"] == pytest.approx(weights, rel=0.01)  # norms are not counted
-    assert said["adapters"] == 4 * count_trainable(model)
+    assert said["weights"] == 4 * count_trainable(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     kept = saved(model, lambda: model(input_ids=ids, labels=ids, use_cache=False))
     one = saved_by_a_block(shape, tokens, RANK, itemsize=4)
     counted = said["activations"] - one + said["logits"] / 2
     assert counted == pytest.approx(kept, rel=0.15)
-    plain = training_memory(
-        shape, tokens, RANK, bits=32, itemsize=4, checkpointing=False
-    )
+    plain = training_memory(shape, tokens, RANK, bits=32, itemsize=4, checkpoint=False)
     assert plain["activations"] == 4 * one
 
 
