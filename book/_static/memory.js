@@ -63,7 +63,7 @@ for (const play of document.querySelectorAll(".memory-play")) {
     [!s.checkpoint && "turn checkpointing on", { checkpoint: true }],
     [s.cast && s.itemsize < 4 && "use adapters that keep no copies", { cast: false }],
     [s.bits > 5 && "store the base in four bits", { bits: nf4, itemsize: 2 }],
-    [s.batch > 1 ? "halve the batch and accumulate" : "halve the row", { tokens: s.tokens / 2 }],
+    [s.batch > 1 ? "halve the batch and accumulate" : "halve the length", { tokens: s.tokens / 2 }],
     [s.rank > 1 && "halve the rank", { rank: s.rank / 2 }],
   ].filter(([text]) => text).map(([text, change]) => {
     const saved = sum(Object.values(memory(s))) - sum(Object.values(memory({ ...s, ...change })));
