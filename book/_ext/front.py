@@ -50,7 +50,7 @@ def start():
     first = register.chapters()[0]
     return f"""<p class="start">
 <a class="button main" href="{first.path.stem}.html">Start reading</a>
-<a class="button" href="{register.colab(first)}">Run on Colab</a>
+<a class="button" href="{register.colab(first.path)}">Run on Colab</a>
 {paper(f"../{PDF.name}", "button")}
 </p>"""
 
@@ -110,7 +110,7 @@ def contents():
 <a class="title" href="{name}.html"><b>{number}</b> {html.escape(chapter.title)}</a>
 <p>You learn {html.escape(chapter.learn)}.</p>
 <p class="how">{minutes(notebook)} min ·
-<a href="{register.colab(chapter)}">Colab</a> ·
+<a href="{register.colab(chapter.path)}">Colab</a> ·
 <a href="../_sources/book/{chapter.path.name}" download>notebook</a></p></li>
 """
     return f'<ol class="contents">\n{items}</ol>'
