@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -173,17 +173,24 @@ def padded(rows, fill, device, left=False):
 def token_losses(model, tokenizer, examples):
     """The loss of each token of the answers, and the number of its example: (n,) each.
 
-    The head is applied at these positions alone: logits of all would be the largest
-    tensor by far, (tokens, vocabulary).
+    What all prompts begin with is computed once. The head is applied to the answers
+    alone: logits of all positions would be the largest tensor by far.
     """
-    ids, mask = padded(
-        [ids for _, ids in examples], tokenizer.pad_token_id, model.device
-    )
-    starts = torch.tensor([start for start, _ in examples], device=model.device)
+    starts, rows = zip(*examples)
+    together = zip(*(row[: s - 1] for s, row in examples))
+    k = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, together))
+    ids, mask = padded(rows, tokenizer.pad_token_id, model.device)
+    cache = None
+    if k:
+        cache = model.model(input_ids=ids[:1, :k], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(rows))
+    hidden = model.model(
+        input_ids=ids[:, k:], attention_mask=mask, past_key_values=cache
+    ).last_hidden_state
     places = torch.arange(ids.shape[1], device=model.device)
+    starts = torch.tensor(starts, device=model.device)
     learns = (places >= starts[:, None]) & mask.bool()
-    hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-    logits = model.lm_head(hidden[:, :-1][learns[:, 1:]])
+    logits = model.lm_head(hidden[:, :-1][learns[:, k + 1 :]])
     losses = F.cross_entropy(logits.float(), ids[learns], reduction="none")
     return losses, learns.nonzero()[:, 0]
 

@@ -247,6 +247,13 @@ def test_sizes_are_checked_before_anything_is_allocated(file):
         load_llama(file)
 
 
+def test_a_row_that_ends_within_a_block_is_refused(file):
+    name = b"blk.0.ffn_down.weight" + struct.pack("<I", 2)
+    replaced(file, name + struct.pack("<Q", INNER), name + struct.pack("<Q", 80))
+    with pytest.raises(ValueError, match="ffn_down.*not whole"):
+        load_llama(file)
+
+
 def test_a_text_longer_than_the_file_is_refused(file):
     replaced(file, struct.pack("<Q", 4) + b"tiny", struct.pack("<Q", 2**60) + b"tiny")
     with pytest.raises(ValueError, match="cut off"):
