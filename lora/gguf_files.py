@@ -137,7 +137,7 @@ def constants(rows, kind):
     return least.view(torch.float16).float()
 
 
-def dequantize(rows, kind):
+def unpack(rows, kind):
     """The numbers, (..., n), float32, of rows (..., bytes) in one of `TYPES`.
 
     A block is a scale d in float16, in Q4_1 a least value m, and codes q: the numbers
@@ -177,7 +177,7 @@ class Q4Linear(checks.Described):
         self.register_buffer("like", torch.empty(0).to(rows.device), persistent=False)
 
     def dense(self, rows):
-        return dequantize(rows, self.kind).to(self.like.dtype)
+        return unpack(rows, self.kind).to(self.like.dtype)
 
     def dense_weight(self):
         """W, (out_features, in_features), a new tensor: this makes the layer a base."""
@@ -276,7 +276,7 @@ def load_llama(path, packed=True):
             if packed and kind in KEPT and place.startswith("model.layers"):
                 model.set_submodule(place, Q4Linear(rows, kind))
             else:
-                numbers = sound(name, dequantize(rows, kind))
+                numbers = sound(name, unpack(rows, kind))
                 model.get_submodule(place).weight = nn.Parameter(numbers)
     except (ValueError, TypeError) as fault:
         raise ValueError(f"{path}: {fault}") from None
@@ -341,7 +341,7 @@ def read_gguf_adapter(path, model):
         if pair and shapes != [(r, base.in_features), (base.out_features, r)]:
             raise ValueError(f"{path}: {shapes} do not fit {place}")
         if pair:
-            A, B = (sound(place, dequantize(read_rows(path, p), p.kind)) for p in pair)
+            A, B = (sound(place, unpack(read_rows(path, p), p.kind)) for p in pair)
             B = B[row_order(place, model.config, len(B))]
             device = bases.dense_weight(base).device
             found[place] = A.to(device), B.to(device), alpha or float(r)

@@ -151,9 +151,9 @@ def prompt(tokenizer, function):
 
 def example(tokenizer, function, line):
     """(number of tokens in the prompt, tokens): prompt, answer, the end token."""
-    question = prompt(tokenizer, function)
+    asked = prompt(tokenizer, function)
     answer = tokenizer(line)["input_ids"]
-    return len(question), [*question, *answer, tokenizer.eos_token_id]
+    return len(asked), [*asked, *answer, tokenizer.eos_token_id]
 
 
 def padded(rows, fill, device, left=False):
@@ -209,7 +209,7 @@ def answer_losses(model, tokenizer, pairs, batch=16):
     return means
 
 
-def fine_tune(model, tokenizer, pairs, steps, lr, batch=16, seed=0):
+def fine_tune_chat(model, tokenizer, pairs, steps, lr, batch=16, seed=0):
     """Train what requires a gradient, in place; return the loss of each step, a list.
 
     AdamW without decay, its rate rising to `lr` over a tenth of the steps and falling

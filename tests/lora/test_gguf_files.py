@@ -20,12 +20,12 @@ from lora import LoRALinear, bases, count_total, freeze_all, inject_lora, merge_
 from lora.adapters import Adapters, add_adapter, disable_adapters, set_adapter
 from lora.gguf_files import (
     Q4Linear,
-    dequantize,
     load_gguf_adapter,
     load_llama,
     read_gguf_adapter,
     read_header,
     read_rows,
+    unpack,
     write_gguf_adapter,
 )
 from lora.study import chat
@@ -125,7 +125,7 @@ def test_numbers_are_those_of_gguf_bit_for_bit(tmp_path, kind):
     assert [t.name for t in reader.tensors] == [*tensors]
     for theirs in reader.tensors:
         stored = tensors[theirs.name]
-        ours = dequantize(read_rows(path, stored), stored.kind)
+        ours = unpack(read_rows(path, stored), stored.kind)
         expected = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
         assert ours.shape == stored.shape
         assert np.array_equal(ours.numpy(), expected.astype(np.float32))
@@ -136,7 +136,7 @@ def test_the_real_file_is_read_as_gguf_and_transformers_read_it():
     _, tensors = read_header(file)
     for theirs in gguf.GGUFReader(file).tensors[1:20]:
         stored = tensors[theirs.name]
-        ours = dequantize(read_rows(file, stored), stored.kind)
+        ours = unpack(read_rows(file, stored), stored.kind)
         expected = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
         assert np.array_equal(ours.numpy(), expected)
     model = load_llama(file)
@@ -157,7 +157,7 @@ def test_the_layer_is_the_dense_one_forward_and_backward(file):
     stored = read_header(file)[1]["blk.0.ffn_down.weight"]
     layer = Q4Linear(read_rows(file, stored))
     dense = nn.Linear(INNER, WIDTH, bias=False)
-    dense.weight.data = dequantize(layer.rows, "Q4_1")
+    dense.weight.data = unpack(layer.rows, "Q4_1")
     x = torch.randn(2, 5, INNER)
     grads = []
     for module in (layer, dense):
@@ -383,7 +383,7 @@ def write_adapter(path, change=lambda parts: None, **fields):
     model = adapted(load_llama(tiny(path.with_name("tiny.gguf"), Kind.Q4_1)))
     write_gguf_adapter(model, path)
     kept, tensors = read_header(path)
-    parts = {n: dequantize(read_rows(path, s), s.kind) for n, s in tensors.items()}
+    parts = {n: unpack(read_rows(path, s), s.kind) for n, s in tensors.items()}
     change(parts)
     writer = gguf.GGUFWriter(path, "llama")
     fields = {k: kept[k] for k in ("general.type", "adapter.type")} | fields

@@ -157,7 +157,7 @@ def test_training_learns_the_pairs_and_moves_only_the_adapters(tokenizer, small)
     freeze_all(small)
     inject_lora(small, rank=4, alpha=4.0, targets=r".*_proj")
     before = {n: p.clone() for n, p in small.named_parameters()}
-    losses = chat.fine_tune(small, tokenizer, PAIRS, 30, 2e-2, batch=3)
+    losses = chat.fine_tune_chat(small, tokenizer, PAIRS, 30, 2e-2, batch=3)
     assert len(losses) == 30 and losses[-1] < losses[0] - 1
     moved = {n for n, p in small.named_parameters() if not p.equal(before[n])}
     assert moved == {n for n in before if n.endswith((".A", ".B"))}
@@ -172,7 +172,7 @@ def test_the_rate_rises_and_falls(tokenizer, small, monkeypatch):
             return super().step(*args, **kwargs)
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    chat.fine_tune(small, tokenizer, PAIRS, 20, 1e-3, batch=1)
+    chat.fine_tune_chat(small, tokenizer, PAIRS, 20, 1e-3, batch=1)
     assert seen[0] == pytest.approx(5e-4) and max(seen) == pytest.approx(1e-3 * 0.95)
     assert seen[-1] == pytest.approx(1e-3 / 20)
 
@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_run(tokenizer, small):
     runs = []
     for seed in (0, 0, 1):
         small.load_state_dict(state)
-        runs.append(chat.fine_tune(small, tokenizer, PAIRS, 3, 1e-3, 1, seed=seed))
+        runs.append(chat.fine_tune_chat(small, tokenizer, PAIRS, 3, 1e-3, 1, seed=seed))
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -199,7 +199,7 @@ def test_answers_in_a_batch_are_those_one_by_one(tokenizer, small):
 
 
 def test_an_answer_stops_at_the_end_token(tokenizer, small):
-    chat.fine_tune(small, tokenizer, [("f()", "Do it.")], 40, 2e-2, batch=1)
+    chat.fine_tune_chat(small, tokenizer, [("f()", "Do it.")], 40, 2e-2, batch=1)
     assert chat.write(small, tokenizer, ["f()"]) == ["Do it."]
 
 
