@@ -7,7 +7,7 @@ PROSE := book lora tests tools $(wildcard *.md) Makefile
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
 .PHONY: help book pdf test style bench mutants sceptic sync experiments again run reproduce
-.PHONY: alone gpu links jupyter clean torch-oldest torch-newest
+.PHONY: reanalysis alone gpu links jupyter clean torch-oldest torch-newest
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -62,6 +62,9 @@ experiments: .venv/installed  ## make the recorded runs of Part II that are not 
 
 again: .venv/installed  ## make recorded runs again and compare them (ONLY=STUDY)
 	$(BIN)/python -m tools.experiments compare $(if $(ONLY),'$(ONLY)')
+
+reanalysis: .venv/installed  ## what Part II compares, from the recorded rows alone, with both intervals
+	$(BIN)/python -m tools.reanalysis
 
 alone: .venv/installed  ## each chapter whole, as on Colab: an empty folder, lora from git
 	WHOLE=1 $(BIN)/python -m pytest -q tests/book/test_colab.py

@@ -23,9 +23,11 @@ from lora.adapters import (
     delete_adapter,
     load_adapter,
     merge_adapter,
+    route,
     save_adapter,
     set_adapter,
 )
+from lora.study import search
 from tools.kit import bound
 from tools.kit.register import notebooks, pages
 from tools.kit.site import HTML, open_browser, serve
@@ -150,6 +152,45 @@ def adapters_against_peft():
             yield what, ratio(15, here, there)
 
 
+def mixed_batches(rounds=7):
+    """Times of a pass of 64 rows over one with one adapter, medians in turns.
+
+    With seven adapters in `route`, the same in PEFT, and a switch.
+    """
+    names = [f"task {i}" for i in range(7)]
+    targets = r".*encoder.*(query|key|value|dense)"
+    ours = search.load_minilm()[1]
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=targets)
+    peft = get_peft_model(search.load_minilm()[1], config, names[0]).eval()
+    for name in names:
+        add_adapter(ours, name, targets, rank=8)
+        if name != names[0]:
+            peft.add_adapter(name, config)
+    tokens = torch.randint(1000, 20_000, (64, 16))
+    rows = [names[i % 7] for i in range(64)]
+
+    def routed():
+        with route(ours, rows):
+            ours(tokens)
+
+    set_adapter(ours, names[0])
+    works = {
+        "one": lambda: ours(tokens),
+        "ours": routed,
+        "PEFT": lambda: peft(tokens, adapter_names=rows),
+        "switch": lambda: set_adapter(ours, names[0]),
+    }
+    times = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            start = time.perf_counter()
+            with torch.no_grad():
+                work()
+            times[name].append(time.perf_counter() - start)
+    one, *others = (median(seconds) for seconds in times.values())
+    return [seconds / one for seconds in others]
+
+
 def layers_time(n):
     """Seconds to add, save, load and merge an adapter of n layers."""
     one, other = (nn.ModuleList(nn.Linear(2, 2) for _ in range(n)) for _ in range(2))
@@ -209,6 +250,10 @@ def rows():
     few, many = (layers_time(n) for n in (1000, 10_000))
     yield "an adapter of 10,000 layers, s", many, 60
     yield "of the time that 1,000 layers take", many / few, 15
+    mixed, peft, switch = mixed_batches()
+    yield "a batch for seven adapters, of one for one", mixed, 1.35
+    yield "the same, of PEFT's time", mixed / peft, 1.1
+    yield "a switch of adapters, of a batch", switch, 0.05
     with open_browser() as browser, TemporaryDirectory() as folder:
         Path(folder, "bare.html").write_text(BARE)
         with serve(folder) as url:

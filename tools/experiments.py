@@ -45,7 +45,7 @@ def one(job):
 def key(row):
     """What tells one row from another: its study, its settings, what it was made of."""
     settings = runs.DEFAULTS | row
-    names = [*runs.DEFAULTS, "cut", "composed"]
+    names = [*runs.DEFAULTS, "cut", "merged", "composed"]
     return json.dumps([row["study"], *(settings.get(k) for k in names)])
 
 

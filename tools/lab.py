@@ -20,6 +20,7 @@ from tools.kit.site import HTML, open_browser
 
 LAB = BOOK / "_static" / "lab"
 ENGINE = ("matrix", "network", "optimizer", "adapters", "experiment")  # without a page
+DONE = "document.querySelector('#lab-status').textContent"
 SCRIPTS = (*ENGINE, "draw", "page")
 FORMAT = """/* The pretrained network: 33,666 numbers in float32, by tools/lab.py.
    SHA-256 of the bytes: {digest} */
@@ -58,7 +59,7 @@ def take_picture():
         page = browser.new_page(viewport={"width": 1265, "height": 900})
         page.goto((HTML / "book" / "lab.html").as_uri())
         page.click("#lab-train")
-        page.wait_for_function("document.querySelector('#lab-status').textContent")
+        page.wait_for_function(DONE, timeout=180_000)
         page.locator("#lab-pictures").screenshot(path=str(LAB / "still.png"))
 
 

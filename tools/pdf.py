@@ -3,6 +3,8 @@
 The pages of the next `make book` offer the file (book/_ext/front.py).
 """
 
+import re
+
 from tools.kit.register import BASE, PDF, ROOT
 from tools.kit.site import build, open_browser
 
@@ -32,8 +34,10 @@ def print_book(browser):
     # Sphinx puts it into the folder of the first page, with addresses for the root.
     text = (SINGLE / "book" / "index.html").read_text(encoding="utf-8")
     whole = SINGLE / "whole.html"
-    whole.write_text(text.replace('"../_static/', '"_static/'), encoding="utf-8")
+    text = re.sub('"../(_static|_images)/', r'"\1/', text)
+    whole.write_text(text, encoding="utf-8")
     page = browser.new_page(color_scheme="light")
+    page.set_default_timeout(300_000)  # a whole book, on a busy machine
     page.goto(whole.as_uri())
     page.evaluate(READY, BASE)
     page.emulate_media(media="print")

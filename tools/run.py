@@ -16,14 +16,13 @@ from nbclient import NotebookClient
 from tools.kit import bound, ledger
 from tools.kit.figures import pictures
 from tools.kit.listings import package, sync
-from tools.kit.notebooks import FOLDED
+from tools.kit.notebooks import PLAIN
 from tools.kit.register import BOOK, ROOT, chapters, colab, notebooks
 from tools.kit.tolerance import drawn
 
 # Kernels inherit it: no progress bars among the outputs, nothing from the network.
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
-PLAIN = re.compile(r"<!-- [^\n]*? -->")
 CHAPTERS = re.compile(r"(?<=<!-- chapters -->\n).*?(?=<!-- /chapters -->)", re.DOTALL)
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 
@@ -91,33 +90,17 @@ def exports(notebook):
     """File name in `book/_static` -> PNG, of each figure that other pages show too."""
     for cell in notebook.cells:
         if "export" in cell.metadata:
-            (png,) = pictures(cell.outputs)
+            (png,) = pictures(cell.outputs, "image/png")
             yield f"{cell.metadata.export}.png", png
 
 
 def tables():
     """Page -> its table of chapters, as the register has them."""
     readme = "| Chapter | You learn | Run it |\n|---|---|---|\n"
-    index = "| Chapter | You learn | Time |\n|---|---|---|\n"
     for i, c in enumerate(chapters(), 1):
-        page = c.path.stem
-        readme += f"| [{i}. {c.title}](book/{page}.ipynb) | {c.learn} "
+        readme += f"| [{i}. {c.title}](book/{c.path.name}) | {c.learn} "
         readme += f"| {BADGE}({colab(c)}) |\n"
-        index += f"| []({page})<br>[Colab]({colab(c)}), "
-        index += f"{{download}}`file <{page}.ipynb>` | {c.learn} | {minutes(c)} min |\n"
-    return {ROOT / "README.md": readme, BOOK / "index.md": index}
-
-
-def minutes(chapter):
-    """Time to read: 200 words a minute, 3 seconds for a line of code, to 5 minutes."""
-    words = lines = 0
-    for cell in nbformat.read(chapter.path, as_version=4).cells:
-        if cell.cell_type == "markdown":
-            words += len(PLAIN.sub("", cell.source).split())
-        elif not FOLDED & set(cell.metadata.get("tags", [])):
-            shown = [cell.source] + [o.get("text", "") for o in cell.outputs]
-            lines += sum(len(text.splitlines()) for text in shown)
-    return 5 * round((words / 200 + lines / 20) / 5)
+    return {ROOT / "README.md": readme}
 
 
 def written():

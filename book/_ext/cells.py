@@ -1,20 +1,34 @@
-"""How a notebook's cells look: labels of folds, captions, tables, no comments."""
+"""How a notebook's cells look: folds, captions, tables, notes, no comments."""
 
 import html
 import re
+from itertools import groupby
 
+from bs4 import BeautifulSoup
 from docutils import nodes
-from myst_nb.sphinx_ import HideCodeCellNode
+from myst_nb.sphinx_ import HideCodeCellNode, HideInputCells
 from sphinx.domains.math import MathDomain
 from sphinx.transforms import SphinxTransform
+from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 TITLE = re.compile(r"# @title (.*)\n*")
 ANCHOR = re.compile(r'<a id="(eq-[\w-]+)"></a>')
 DATAFRAME = re.compile(r'<table border="1" class="dataframe">.*</table>', re.DOTALL)
-LONG = re.compile(r"(?<=<th>)[a-z][\w.*=]{15,}(?=</th>)")  # a name in code
+LONG = re.compile(r"(?<=>)[a-z][\w.*=]{15,}(?=</th>)")  # a name in code
+MINUS = re.compile(r"(?<![\w)\].-])-(?=\.?\d)")
+NUMBER = re.compile(r"[<≈]?\s*[+−±]?\.?\d[^A-Za-z→]*\s?[A-Za-z]{0,3}|nan|[-–—]?")
+NOTE = re.compile(r"<details>(?=\s*<summary>Fine print</summary>)")
+RULE = "Rule to keep."
 FRAME = '<div class="table-frame" role="region" tabindex="0" aria-label="{}">'
+# In the dark, figures' white becomes the page's #121212, black becomes white, and each
+# colour of lora/study/plots.py keeps its hue: least squares, as inverting turns orange
+# into brown.
+DARK = """<svg width="0" height="0" style="position: absolute" aria-hidden="true">
+<filter id="dark" color-interpolation-filters="sRGB"><feColorMatrix values="
+.32 -.75 -.46 0 .96  -.66 .22 -.42 0 .93  -.55 -.9 .56 0 .96  0 0 0 1 0"/></filter>
+</svg>"""
 logger = logging.getLogger(__name__)
 
 
@@ -29,6 +43,7 @@ class Cells(SphinxTransform):
 
     def apply(self):
         self.drop_comments()
+        self.mark_notes()
         self.label_folds()
         self.number_equations()
         self.frame_tables()
@@ -42,6 +57,17 @@ class Cells(SphinxTransform):
                 raw.parent.remove(raw)
             elif text != raw.astext():
                 raw.replace_self(nodes.raw("", text, format=raw["format"]))
+
+    def mark_notes(self):
+        """Fine print and rules to keep get a class; their source is plain Markdown."""
+        for raw in list(self.document.findall(nodes.raw)):
+            if NOTE.search(raw.astext()):
+                text = NOTE.sub('<details class="note">', raw.astext())
+                raw.replace_self(nodes.raw("", text, format=raw["format"]))
+        for quote in self.document.findall(nodes.block_quote):
+            first = next(quote.findall(nodes.strong), None)
+            if first and first.astext() == RULE:
+                quote["classes"].append("rule")
 
     def label_folds(self):
         """A fold's label is the cell's first line, `# @title LABEL`, as on Colab."""
@@ -92,8 +118,7 @@ class Cells(SphinxTransform):
                 figure["classes"].append("table-figure")
                 captions = figure.findall(nodes.caption)
                 name = next((caption.astext() for caption in captions), name)
-            text = table[0].replace(' border="1"', "")
-            text = text.replace("<th></th>", "<td></td>")  # it heads nothing
+            text = tidy(BeautifulSoup(table[0], "html.parser").table)
             text = LONG.sub(lambda name: re.sub("([._=])", r"\1<wbr>", name[0]), text)
             text = FRAME.format(html.escape(name)) + text + "</div>"
             raw.replace_self(nodes.raw("", text, format="html"))
@@ -109,9 +134,72 @@ class Cells(SphinxTransform):
                     slugs[name] = (node.line, node["ids"][0], text)
 
 
+def tidy(table):
+    """The HTML of a DataFrame: one header, text left, numbers right, one minus sign."""
+    del table["border"]
+    head, rows = table.thead.find_all("tr"), table.tbody.find_all("tr")
+    if len(head) == 2 and not any(t.get_text() for t in head[1].find_all("th")[1:]):
+        head[0].th.string = head[1].th.get_text()  # the index has a name
+        head.pop().extract()
+    for text in table.find_all(string=MINUS):
+        text.replace_with(MINUS.sub("−", text))
+    for tag in table.find_all(style=True):
+        del tag["style"]
+    for column in zip(*(row.find_all(["th", "td"]) for row in [*head, *rows])):
+        cells = [c for c in column[len(head) :] if c.name == "td"]
+        if cells and all(NUMBER.fullmatch(c.get_text().strip()) for c in cells):
+            for cell in column:
+                cell["class"] = "number"
+    for cell in table.thead.find_all("th"):
+        if not cell.get_text():
+            cell.name = "td"  # it heads nothing
+    return str(table)
+
+
+def is_fold(node):
+    """A folded cell, other than a solution, which stands by itself."""
+    return node.get("hide_mode") and "solution" not in node["classes"]
+
+
+class Rows(SphinxPostTransform):
+    """Folds that follow each other are one row, under the output that they made."""
+
+    default_priority = HideInputCells.default_priority + 1
+    formats = ("html",)
+
+    def run(self):
+        cells = filter(is_fold, self.document.findall(nodes.container))
+        for parent in {id(cell.parent): cell.parent for cell in cells}.values():
+            for folded, run in groupby(
+                list(parent), lambda n: isinstance(n, nodes.container) and is_fold(n)
+            ):
+                if folded:
+                    self.gather(list(run))
+
+    def gather(self, run):
+        """The folds of a run of cells, under its first output or what comes after."""
+        row, home = nodes.container(classes=["made"]), None
+        for cell in run:
+            folds = [node for node in cell if isinstance(node, HideCodeCellNode)]
+            for fold in folds:
+                cell.remove(fold)
+                fold["classes"] = cell["classes"][1:]  # not `cell`
+            if cell.children and home:  # another output has another row
+                row, home = nodes.container(classes=["made"]), None
+            row += folds
+            if cell.children:
+                cell += row
+                home = cell
+        if not home:
+            run[-1] += row
+        for cell in run:
+            if not cell.children:
+                cell.parent.remove(cell)
+
+
 def visit_fold(self, node):
-    label = self.encode(node["prompt_show"])
-    self.body.append(f'<details class="hide"><summary>{label}</summary>\n')
+    label, classes = self.encode(node["prompt_show"]), " ".join(node["classes"])
+    self.body.append(f'<details class="hide {classes}"><summary>{label}</summary>\n')
 
 
 def depart_fold(self, node):
@@ -139,20 +227,21 @@ def number_chapters_only(app, env):
     return []
 
 
-def frame_markdown_tables(app, pagename, templatename, context, doctree):
-    """Tables written in Markdown scroll as DataFrames do."""
+def finish_body(app, pagename, templatename, context, doctree):
+    """Tables written in Markdown scroll as DataFrames do; figures know the dark."""
     parts = context.get("body", "").split(
         '<div class="pst-scrollable-table-container">'
     )
     for i in range(1, len(parts)):
         parts[i] = FRAME.format(f"Unnumbered table {i}") + parts[i]
-    context["body"] = "".join(parts)
+    context["body"] = "".join([*parts, DARK])
 
 
 def setup(app):
     app.add_transform(Cells)
+    app.add_post_transform(Rows)
     app.add_enumerable_node(TableFigure, "table", html=(visit_table, depart_table))
     app.add_node(HideCodeCellNode, override=True, html=(visit_fold, depart_fold))
     app.connect("env-get-updated", number_chapters_only, priority=900)
-    app.connect("html-page-context", frame_markdown_tables)
+    app.connect("html-page-context", finish_body)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,10 +1,12 @@
 """The landing page, the claims page, the footer, and what a page weighs.
 
-Directives for `index.md`: `start`, `rank-dial`, `verdicts`, `terms`. The list of claims
-becomes a table with a filter. When the pages are written, they are made lighter.
+Directives for `index.md`: see `setup`. The list of claims becomes a table with a
+filter. When the pages are written, they are made lighter.
 """
 
+import hashlib
 import html
+import io
 import logging
 import re
 import shutil
@@ -17,18 +19,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
+import torch
 import yaml
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from fontTools import subset
 from fontTools.ttLib import TTFont
+from PIL import Image
 
+from lora.formats import NF4, round_trip, to_codes
+from lora.study import plots
 from tools.kit import ledger, register
+from tools.kit.figures import pictures
+from tools.kit.notebooks import minutes
 
 ROOT, PDF = register.ROOT, register.PDF
 LANDING = "book/index"
 CLAIMS = "book/claims"
 SIDE = 128  # the layers of Chapter 3, and the picture's units
+WIDE = "image/png"
+PHONE = "screen and (max-width: 767px)"  # shows the narrow of a figure's two files
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 PYTHON = "{}.{}".format(*sys.version_info)
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib")
@@ -82,6 +92,59 @@ B times a flat thin matrix A. Together A and B hold far fewer numbers than W.</t
 <span class="count">Rank <b>{rank}</b>: <b>{thin:,}</b> trained numbers beside
 {SIDE**2:,} frozen ones, <b>{thin / SIDE**2:.1%}</b>.</span></figcaption>
 </figure>"""
+
+
+def nf4_play():
+    """Eight numbers, their codes in NF4 and what comes back; play.js moves them."""
+    values = torch.tensor([0.12, -0.55, 0.31, 2.0, -0.08, 0.9, -1.3, 0.02])
+    codes, _ = to_codes(values, NF4, len(values))
+    back = round_trip(values, "NF4", len(values))
+    rows = ""
+    for value, code, stored in zip(values.tolist(), codes.tolist(), back.tolist()):
+        numbers = (f"{value:.2f}", f"{code:04b}", f"{stored:.2f}")
+        cells = [f'<td class="number">{n.replace("-", "−")}</td>' for n in numbers]
+        cells.append(f'<td class="number">{stored - value:.2f}</td>'.replace("-", "−"))
+        rows += f"""<tr><td><input type="range" min="-3" max="3" step="0.01"
+ value="{value:.2f}" aria-label="A number" hidden></td>{"".join(cells)}</tr>
+"""
+    error = ((values - back).norm() / values.norm()).item()
+    return f"""<div class="nf4-play" data-levels="{NF4.tolist()}">
+<div class="table-frame" role="region" tabindex="0" aria-label="Eight numbers in NF4">
+<table><thead><tr><td></td><th class="number">number</th><th class="number">code</th>
+<th class="number">comes back as</th><th class="number">off by</th></tr></thead>
+<tbody>{rows}</tbody></table></div>
+<output>Scale {values.abs().max():.2f}, the largest of the eight.
+What comes back is off by {error:.1%}.</output></div>
+<script src="../_static/play.js" defer></script>"""
+
+
+def contents():
+    """The chapters by number, each with its first picture and what a reader learns."""
+    items = ""
+    for number, chapter in enumerate(register.chapters(), 1):
+        notebook = nbformat.read(chapter.path, as_version=4)
+        image = ""
+        for cell in notebook.cells:
+            if found := pictures(cell.get("outputs", ()), WIDE):
+                tags = " ".join(cell.metadata.get("tags", ()))
+                source = f"../_images/{name_of(found[0])}.png"
+                image = f'<img class="{tags}" src="{source}" alt="">'
+                break
+        name = chapter.path.stem
+        items += f"""<li>
+<a class="picture" href="{name}.html" tabindex="-1" aria-hidden="true">{image}</a>
+<a class="title" href="{name}.html"><b>{number}</b> {html.escape(chapter.title)}</a>
+<p>You learn {html.escape(chapter.learn)}.</p>
+<p class="how">{minutes(notebook)} min ·
+<a href="{register.colab(chapter)}">Colab</a> ·
+<a href="../_sources/book/{chapter.path.name}" download>notebook</a></p></li>
+"""
+    return f'<ol class="contents">\n{items}</ol>'
+
+
+def name_of(picture):
+    """What MyST-NB calls the file of a picture."""
+    return hashlib.sha256(picture).hexdigest()
 
 
 def verdicts():
@@ -144,9 +207,10 @@ Code: <a href="{blob}/LICENSE">MIT</a>.</dd>
 <dd><pre tabindex="0" aria-label="BibTeX entry">{html.escape(bibtex)}</pre>
 <a href="{blob}/CITATION.cff">CITATION.cff</a> has the same for other programs.</dd>
 <dt>What ran</dt>
-<dd>{ran()}, with these versions:
-<table class="versions"><thead><tr><th>Package</th><th>Version</th></tr></thead>
-<tbody>{rows}</tbody></table></dd>
+<dd>{ran()}.
+<details><summary>With these versions</summary><table class="versions">
+<thead><tr><th>Package</th><th>Version</th></tr></thead>
+<tbody>{rows}</tbody></table></details></dd>
 </dl>"""
 
 
@@ -204,6 +268,17 @@ def take_verdict(finding):
     return verdict
 
 
+def after_first_sentence(finding):
+    """Take from the nodes what follows their first sentence, and return it."""
+    for i, node in enumerate(finding):
+        end = isinstance(node, nodes.Text) and re.search(r"[.](?= +\S)", node)
+        if end:
+            rest = [nodes.Text(node[end.end() :].lstrip()), *finding[i + 1 :]]
+            finding[i:] = [nodes.Text(node[: end.end()])]
+            return rest
+    return []
+
+
 def cell(*parts, **options):
     """A cell of a table with one paragraph of these nodes."""
     return nodes.entry("", nodes.paragraph("", "", *parts, **options))
@@ -221,10 +296,12 @@ def row_of(item, number, part):
             places[:0] = [node, raw("<br>")]
     verdict = take_verdict(finding)
 
+    rest = after_first_sentence(finding)
     said = cell(claim, classes=["claim"])
     said += nodes.paragraph("", "", *finding)
-    if checks:
-        said += raw("<details><summary>What asserts it</summary>")
+    if rest or checks:
+        said += raw("<details><summary>In full, and what asserts it</summary>")
+        said += nodes.paragraph("", "", *rest)
         said += [nodes.bullet_list("", *checks), raw("</details>")]
     anchor = nodes.reference("", str(number), refuri=f"#claim-{number}", internal=True)
     badge = nodes.strong("", verdict, classes=["verdict", ledger.key(verdict)])
@@ -297,11 +374,25 @@ def size_of(picture):
     return [round(n / per_meter / 0.0254 * 96) for n in size]
 
 
+def narrow_figures(app):
+    """Beside each figure's file the one for a phone, for `lighter` to find."""
+    for name in app.env.found_docs:
+        path = Path(app.env.doc2path(name))
+        cells = nbformat.read(path, 4).cells if path.suffix == ".ipynb" else ()
+        for output in (o for cell in cells for o in cell.get("outputs", ())):
+            if plots.NARROW in output.get("data", {}):
+                wide, narrow = pictures([output])
+                file = Path(app.outdir, "_images", f"{name_of(wide)}-narrow.png")
+                file.write_bytes(narrow)
+
+
 def lighter(text, folder):
     """A page that paints before scripts and pictures have come."""
     text = re.sub(r'\s*<script [^>]*src="[^"]*fontawesome\.js[^>]*></script>', "", text)
     if not re.search(r'class="[^"]*\bmath\b', text):
         text = re.sub(r"\s*<script [^>]*/mathjax/[^>]*></script>", "", text)
+    sphinx = "searchtools|language_data|sphinx_highlight|searchindex"  # see search.js
+    text = re.sub(rf'\s*<script [^>]*src="[^"]*({sphinx})\.js[^>]*></script>', "", text)
     text = re.sub(r"\s*<link [^>]*sphinx-thebe\.css[^>]*>", "", text)
     text = re.sub(r'<link rel="preload" as="script"[^>]*>\s*', "", text)
     # A script in the page itself needs the options at once, the rest can wait.
@@ -323,6 +414,14 @@ def lighter(text, folder):
                 width, height = size
                 sizes = f'<img width="{width}" height="{height}"'
                 tag = tag.replace("<img", sizes, 1)
+            narrow = file.with_stem(f"{file.stem}-narrow")
+            if narrow.is_file():
+                width, height = size_of(narrow)
+                address = source[1].replace(file.stem, narrow.stem)
+                tag = (
+                    f'<picture><source media="{PHONE}" srcset="{address}"'
+                    f' width="{width}" height="{height}">{tag}</picture>'
+                )
         return tag
 
     return re.sub(r"<img\b[^>]*>", picture, text)
@@ -359,12 +458,25 @@ def icons(static, used):
     sheet.write_text(css, encoding="utf-8")
 
 
+def fewer_colours(file):
+    """Store a figure in 256 colours, where that takes fewer bytes."""
+    with Image.open(file) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    data = io.BytesIO()
+    small.save(data, "png")
+    if data.tell() < file.stat().st_size:
+        file.write_bytes(data.getvalue())
+
+
 def lighten(app, exception):
     if exception or app.builder.name != "html":
         return
     out, used = Path(app.outdir), set()
     if paper(""):
         shutil.copy(PDF, out)
+    narrow_figures(app)
+    for figure in (out / "_images").glob("*.png"):
+        fewer_colours(figure)
     static = out / "_static"
     for file in out.rglob("*.html"):
         if "_static" not in file.parts:
@@ -385,6 +497,8 @@ def setup(app):
     for name, write in [
         ("start", start),
         ("rank-dial", rank_dial),
+        ("contents-of-the-book", contents),
+        ("nf4-play", nf4_play),
         ("verdicts", verdicts),
         ("terms", terms),
     ]:

@@ -17,6 +17,8 @@ from sphinx.util.nodes import make_refnode
 
 # Prose in which a term may become a link.
 TEXT = (nodes.paragraph, nodes.strong, nodes.emphasis)
+# "To rank" is something else, and so is a reciprocal rank.
+OTHER_SENSE = r"(?<!reciprocal )(?<!\bto )(?<!\bwe )(?<!\bcan )"
 
 
 def link_terms(app, doctree, docname):
@@ -34,7 +36,10 @@ def link_terms_of(app, doctree, docname):
         if not terms or not isinstance(text.parent, TEXT):
             continue
         words = "|".join(re.escape(term) for term in sorted(terms, key=len)[::-1])
-        found = re.search(rf"(?<![\w-])({words})s?(?![\w-])", text, re.IGNORECASE)
+        # Not in the plural: "ranks" may be a verb, and a model has other "blocks".
+        pattern = rf"(?<![\w-])({words})(?![\w-])"
+        pattern = re.sub(r"(?<=[|(])rank(?=[|)])", OTHER_SENSE + "rank", pattern)
+        found = re.search(pattern, text, re.IGNORECASE)
         if found and in_prose(text):
             known = {term.lower(): term for term in terms}
             page, anchor = terms.pop(known[found[1].lower()])

@@ -1,6 +1,9 @@
-// On paper nothing can be opened: print solutions and hints unfolded.
+// On paper nothing can be opened: print solutions and hints unfolded. Paper is white.
 let folded = [];
+let theme = "light";
 addEventListener("beforeprint", () => {
+  theme = document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = "light";
   folded = [
     ...document.querySelectorAll(".solution details:not([open])"),
     ...document.querySelectorAll("details:not(.hide, [open])"),
@@ -8,6 +11,7 @@ addEventListener("beforeprint", () => {
   for (const details of folded) details.open = true;
 });
 addEventListener("afterprint", () => {
+  document.documentElement.dataset.theme = theme;
   for (const details of folded) details.open = false;
 });
 

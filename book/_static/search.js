@@ -1,10 +1,8 @@
-/* A search hit opens its section, scrolled to the word, which is marked. Sphinx's own
-   marking cannot do that: it takes the lack of `Search` for a sign that this is not the
-   search page, and the theme loads `Search` on every page. This script comes first, so
-   that Sphinx finds nothing left to mark. */
+/* The search finds sections while one types, and a hit opens its section, scrolled to
+   the word, which is marked. Sphinx's own search finds pages; front.py drops it. */
 {
   const wanted = (words) => new RegExp(
-    `(?<![\\p{L}\\p{N}_])(?:${words.map((w) => w.replace(/[^\p{L}\p{N}_]/gu, "\\$&")).join("|")})[\\p{L}\\p{N}_]*`, "giu");
+    `(?<![\\p{L}\\p{N}_])(?:${words.map((w) => w.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")).join("|")})[\\p{L}\\p{N}_]*`, "giu");
   const article = document.querySelector(".bd-article");
   const results = document.getElementById("search-results");
 
@@ -53,51 +51,93 @@
     });
   }
 
-  // On the search page: the sections of a page in which the words are, with the text.
-  const sections = (html, keywords, anchor) => {
-    const page = new DOMParser().parseFromString(html, "text/html");
-    for (const tag of page.querySelectorAll(".headerlink, script, style")) tag.remove();
-    const all = page.querySelector(".bd-article").textContent.toLowerCase();
-    // The words as they were typed, where they are in the page; else their stems.
-    const typed = splitQuery(new URLSearchParams(location.search).get("q").toLowerCase());
-    const words = typed.every((w) => all.includes(w)) ? typed : [...keywords];
-    const pattern = wanted(words);
-    const hits = [];
-    for (const section of page.querySelectorAll(".bd-article section[id]")) {
-      const own = section.cloneNode(true);
-      for (const inner of own.querySelectorAll("section")) inner.remove();
-      // All words are worth more than one; the title more than the text, that more than a fold.
-      const found = (node) => [...(node?.textContent ?? "").matchAll(pattern)].map((m) => m[0].toLowerCase());
-      const all = found(own);
-      const different = words.filter((word) => all.some((match) => match.startsWith(word)));
-      const title = found(own.querySelector("h1, h2, h3")).length;
-      for (const fold of own.querySelectorAll("details")) if (found(own).length > found(fold).length) fold.remove();
-      const text = own.textContent.replace(/\s+/g, " ");
-      const score = 100 * different.length + 10 * title + Math.min(found(own).length, 9);
-      if (all.length) hits.push({ section, text, score });
-    }
-    hits.sort((a, b) => b.score - a.score);
-    const list = document.createElement("ul");
-    queueMicrotask(() => {  // Sphinx puts the list into the result now
-      const link = list.parentElement.querySelector("a");
-      const address = new URL(link.href);
-      address.searchParams.set("highlight", words.join(" "));
-      address.hash = anchor || (hits.length ? hits[0].section.id : "");
-      link.href = address;
-      for (const { section, text } of anchor ? [] : hits.slice(0, 3)) {
-        const item = list.appendChild(document.createElement("li"));
-        const to = item.appendChild(document.createElement("a"));
-        address.hash = section.id;
-        to.href = address;
-        to.textContent = section.querySelector("h1, h2, h3").textContent;
-        const start = Math.max(text.search(pattern) - 80, 0);
-        const context = item.appendChild(document.createElement("p"));
-        context.className = "context";
-        context.textContent = `${start ? "…" : ""}${text.slice(start, start + 200).trim()}…`;
-        _highlightText(context, words[0], "highlighted");
+  // Sections that fit what is typed: book/_ext/search.py wrote the texts, which are
+  // loaded when somebody searches. A title weighs most, then names in code.
+  const own = document.currentScript.src;
+  const root = new URL(document.documentElement.dataset.content_root, location);
+  const split = (text) => text.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
+  const stem = (word) => word.length > 3 ? word.replace(/(ies|ing|ed|es|s|e|y)$/, "") : word;
+  const stems = (text) => split(text).map(stem);
+  let index;
+  const load = () => index ??= new Promise((resolve) => {
+    const script = document.createElement("script");
+    script.src = new URL("sections.js", own);
+    script.onload = () => {
+      const { synonyms, stop, sections } = window.bookSections;
+      const known = new Map();  // stem -> in how many sections it is
+      for (const section of sections) {
+        section.fields = [section.title, section.names, section.page].map(stems);
+        section.counts = new Map();
+        for (const word of [...section.fields.flat(), ...stems(section.text)])
+          section.counts.set(word, (section.counts.get(word) ?? 0) + 1);
+        for (const word of section.counts.keys()) known.set(word, (known.get(word) ?? 0) + 1);
       }
-    });
-    return list;
+      resolve({ synonyms, stop, sections, known });
+    };
+    document.head.append(script);
+  });
+
+  const find = async (query) => {
+    const { synonyms, stop, sections, known } = await load();
+    const typed = split(query);
+    const terms = typed.filter((word) => !stop.includes(word));
+    if (!terms.length) return [];
+    const whole = query.toLowerCase().split(/\s+/).filter((word) => word && !stop.includes(word));
+    const names = whole.filter((word) => word.includes("_"));
+    const all = [...known.keys()];
+    const variants = terms.map((term) => [term, ...synonyms[stem(term)] ?? []].map((word, i) => {
+      const start = stem(word);
+      const long = start.length > 2;
+      return { words: all.filter((w) => w === start || (long && w.startsWith(start))), weight: i ? 0.6 : 1 };
+    }));
+    const score = (section) => {
+      const parts = variants.map((forms) => Math.max(...forms.map(({ words, weight }) => {
+        const here = words.filter((word) => section.counts.has(word));
+        if (!here.length) return 0;
+        const rare = Math.log(1 + sections.length / Math.max(...words.map((w) => known.get(w))));
+        const [title, names, page] = section.fields.map((f) => here.some((word) => f.includes(word)));
+        const count = here.reduce((n, word) => n + section.counts.get(word), 0);
+        return weight * rare * (6 * title + 4 * names + page + 4 * count / (count + 4));
+      })));
+      const share = parts.filter(Boolean).length / parts.length;
+      const named = names.filter((name) => section.names.toLowerCase().includes(name)).length;
+      return (1 + 2 * named) * share ** 2 * parts.reduce((a, b) => a + b);
+    };
+    return sections.map((section) => ({ section, score: score(section) }))
+      .filter((hit) => hit.score).sort((a, b) => b.score - a.score).slice(0, 12)
+      .map((hit) => ({ ...hit, words: whole }));
   };
-  if (results) addEventListener("DOMContentLoaded", () => Search.makeSearchSummary = sections);
+  window.findSections = find;  // for the tests
+
+  const show = (list, hits) => {
+    list.replaceChildren(...hits.map(({ section, words }) => {
+      const item = document.createElement("li");
+      const link = item.appendChild(document.createElement("a"));
+      const address = new URL(section.url, root);
+      address.searchParams.set("highlight", words.join(" "));
+      link.href = address;
+      link.textContent = section.title;
+      if (section.page !== section.title)
+        link.appendChild(document.createElement("span")).textContent = section.page;
+      const text = item.appendChild(document.createElement("p"));
+      const start = Math.max(section.text.search(wanted(words)) - 60, 0);
+      text.textContent = `${start ? "…" : ""}${section.text.slice(start, start + 170).trim()}…`;
+      return item;
+    }));
+  };
+
+  for (const form of document.querySelectorAll("form.bd-search, .bd-article form")) {
+    const input = form.querySelector("[name=q]");
+    if (!input) continue;
+    const here = results && !form.closest("dialog");
+    const list = document.createElement("ol");
+    list.className = "found";
+    list.setAttribute("aria-live", "polite");
+    if (here) results.replaceChildren(list);
+    else form.after(list);
+    input.addEventListener("focus", load);
+    input.addEventListener("input", async () => show(list, await find(input.value)));
+    if (here) input.value = new URLSearchParams(location.search).get("q") ?? "";
+    if (here && input.value) find(input.value).then((hits) => show(list, hits));
+  }
 }

@@ -1,13 +1,16 @@
 """What a set of runs says: intervals, the smallest margin that passes, a verdict.
 
 A comparison is made on the same seeds for both methods; what goes in here are the n
-paired differences, one a seed. Student's t throughout (SciPy), so the n values are
-taken as independent draws. Chapter 3 of the book builds this file.
+paired differences, one for each seed. Student's t throughout (SciPy), so the n values
+are taken as independent draws; where some of them belong together, as the differences
+of one query under several seeds do, `clustered` takes the groups so instead. Chapter 3
+of the book builds this file.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 
@@ -33,6 +36,21 @@ def interval(values, level=0.95):
     values = np.asarray(values, dtype=float)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(level)
     return float(values.mean()), float(low), float(high)
+
+
+def clustered(values, clusters, level=0.95):
+    """The mean of n values and its interval where those of a cluster hang together.
+
+    `clusters` holds n labels. Only the g different ones are taken as independent draws,
+    however often each recurs: the standard error is that of the sums of residuals by
+    cluster (Liang & Zeger 1986, doi:10.1093/biomet/73.1.13), with g - 1 degrees of
+    freedom. If no label recurs it is `interval(values)`, if all recur equally often it
+    is the interval of the clusters' means.
+    """
+    values = pd.Series(np.asarray(values, dtype=float))
+    mean = values.mean()
+    sums = (values - mean).groupby(np.asarray(clusters)).sum()
+    return interval(mean + len(sums) / len(values) * sums, level)
 
 
 def smallest_margin(differences):

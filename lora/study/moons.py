@@ -8,12 +8,14 @@ moved to PyTorch's default device. scikit-learn is loaded on the first call of
 `two_moons` and not before.
 """
 
+import copy
 import math
 from functools import partial
 
 import torch
 from torch import nn
 
+from lora.core import inject_lora
 from lora.study.training import train
 
 
@@ -69,3 +71,28 @@ def pretrained(seeds, epochs=60):
     models = [moons_mlp(seed) for seed in seeds]
     train(models, x, y, epochs)
     return models, x, y
+
+
+def disturbed(models, seeds, rank, size=None):
+    """Copies of the models with A and B random, of standard deviation 1/rank.
+
+    Model i draws from seeds[i]. With `size`, B is scaled so that the update has this
+    norm, relative to W. Returns (copies, mean relative norm before that).
+    """
+    models, sizes = copy.deepcopy(models), []
+    for seed, model in zip(seeds, models):
+        torch.manual_seed(seed)
+        for layer in inject_lora(model, rank=rank, alpha=8):
+            nn.init.normal_(layer.B, std=1 / rank)
+            W = layer.base.weight
+            sizes.append(((layer.weight - W).norm() / W.norm()).item())
+            layer.B.data *= size / sizes[-1] if size else 1
+    return models, sum(sizes) / len(sizes)
+
+
+@torch.no_grad()
+def held_out_loss(models, seeds, degrees=0.0):
+    """Cross-entropy of model i on 2,000 new points, drawn for seeds[i]: (S,)."""
+    x, y = moons_batch([1000 + seed for seed in seeds], n=2000, degrees=degrees)
+    pairs = ((model(points), labels) for model, points, labels in zip(models, x, y))
+    return torch.stack([nn.functional.cross_entropy(*pair) for pair in pairs]).cpu()

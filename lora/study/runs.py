@@ -5,25 +5,31 @@ and writes a row for each run into `lora/study/data/runs.jsonl`; `recorded` read
 and a chapter makes some of them again. Chapter 4 of the book builds this file.
 """
 
+import functools
 import importlib.metadata
 import json
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from lora import bases, core, formats
+from lora import bases, core, formats, nf4
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
+from lora.study.evidence import Verdict, clustered, interval
 
-DATA = Path(__file__).parent / "data" / "runs.jsonl"
+FOLDER = Path(__file__).parent / "data"
+DATA = FOLDER / "runs.jsonl"
 # What a row depends on: the model's libraries, and those whose docstrings are read.
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
 PACKAGES += ("sympy", "networkx")
+# How many pairs each library had when the rows were made: what a seed draws from them.
+PAIRS = dict(zip(LIBRARIES, (461, 825, 375, 485, 815, 582, 457)))
 TRAINED = LIBRARIES[:5]  # sympy and networkx are left out of training
 ALL = r"encoder\.layer\.\d\..*"
 DEFAULTS = {
@@ -38,6 +44,7 @@ DEFAULTS = {
     "shuffled": False,
     "base": "float32",  # or one of formats.LEVELS, with scales for blocks of
     "block": 64,
+    "double": False,  # of NF4: whether its scales are in few bits, too
     "libraries": list(TRAINED),  # whose pairs are trained on
     "start": 0,  # adapters of one seed that start from other A's
     "seed": 0,
@@ -53,8 +60,7 @@ def prepare(model, settings):
     core.freeze_all(model)
     if settings["base"] != "float32":
         for layer in layers(model).values():
-            form = settings["base"], settings["block"]
-            layer.weight.data = formats.round_trip(layer.weight, *form)
+            layer.weight.data = few_bits(layer.weight, settings)
     if settings["method"] == "full":
         model.requires_grad_(True)
         model.pooler.requires_grad_(False)  # no part of an embedding
@@ -67,6 +73,14 @@ def prepare(model, settings):
         if settings["init"] == "kaiming":
             for wrapper in wrappers:
                 nn.init.kaiming_uniform_(wrapper.A, a=math.sqrt(5))
+
+
+def few_bits(weight, settings):
+    """A weight as it comes back from the few bits that the settings name."""
+    base, block = settings["base"], settings["block"]
+    if settings["double"]:
+        return nf4.NF4Linear(weight, block=block).dense_weight()
+    return formats.round_trip(weight, base, block)
 
 
 def layers(model):
@@ -99,6 +113,25 @@ def ranks(model, tokenizer, tests):
     return {library: (1 / s).round().int().tolist() for library, s in scores.items()}
 
 
+def everyday(model, tokenizer):
+    """How a model does on `data/everyday.csv`, no word of it about functions.
+
+    "everyday" is the rank of the sentence that means the same as the first, among those
+    of all lines and what shares the words of another line; "nats" the cross-entropy of
+    that choice, with the temperature of `search.contrastive_loss`.
+    """
+    table = pd.read_csv(FOLDER / "everyday.csv")
+    start, same, other = (search.embed(model, tokenizer, list(table[c])) for c in table)
+    scores = torch.cat([start @ same.T, start @ other.T], dim=1)
+    scores.diagonal(len(start)).fill_(-1)  # what shares the sentence's own words
+    own = scores.diagonal()
+    nats = (20 * scores).logsumexp(1) - 20 * own
+    return {
+        "everyday": (scores >= own[:, None]).sum(1).tolist(),
+        "nats": [round(n, 3) for n in nats.tolist()],
+    }
+
+
 def make_run(**settings):
     """Make one run; return its tokenizer, its model and its row, a dictionary.
 
@@ -106,11 +139,13 @@ def make_run(**settings):
     query that is reported ("ranks") and of each query to choose by ("chosen"), the loss
     of each step, the time of a step in forward passes of the base ("step_time"), and
     the "device" that it was made on: PyTorch's default.
-    Raises ValueError for a setting that there is none of.
+    Raises ValueError for a setting that there is none of, or "double" without NF4.
     """
     if strange := settings.keys() - DEFAULTS.keys():
         raise ValueError(f"settings are {[*DEFAULTS]}, got {sorted(strange)}")
     settings = DEFAULTS | settings
+    if settings["double"] and settings["base"] != "NF4":
+        raise ValueError(f"double is for NF4, got the base {settings['base']!r}")
     seed = settings["seed"]
     tokenizer, model = search.load_minilm()
     train, choose, report = data(seed, settings["libraries"], settings["shuffled"])
@@ -157,6 +192,78 @@ def points(row):
     return 100 * sum(scores) / len(scores)
 
 
+@functools.cache
+def reported(seed):
+    """Library -> which of its pairs a row of this seed reports, in the order of ranks.
+
+    A pair is told by its place in `docstring_pairs(library)` as it was when the rows
+    were made, so that a query is known again under another seed.
+    """
+    return {name: split(range(n), seed)[2] for name, n in PAIRS.items()}
+
+
+def queries(rows, libraries=LIBRARIES):
+    """One line for each query that rows report, in their order, a DataFrame.
+
+    `rows` is a DataFrame such as `recorded` gives, or a list of rows. "library" and
+    "pair" say which query it is (`reported`), "query" both in one label to cluster by;
+    "seed", and "score", 100 / rank.
+    """
+    rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+    parts = [
+        pd.DataFrame(
+            {
+                "seed": row["seed"],
+                "library": library,
+                "pair": reported(row["seed"])[library],
+                "score": 100 / np.array(row["ranks"][library]),
+            }
+        )
+        for row in rows
+        for library in libraries
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(query=table["library"] + " " + table["pair"].astype(str))
+
+
+def differences(first, second, libraries=TRAINED):
+    """What rows score above others of the same seeds, query by query, a DataFrame.
+
+    As `queries`, with "points" for the difference of two scores. A seed that only one
+    side has is left out.
+    """
+    on = ["seed", "library", "pair", "query"]
+    sides = (queries(rows, libraries) for rows in (first, second))
+    both = pd.merge(*sides, on=on)
+    return both.assign(points=both["score_x"] - both["score_y"])
+
+
+def compared(first, second, libraries=TRAINED):
+    """(over names, over seeds): what rows score above others of the same seeds.
+
+    Each is (mean, low, high) in points. Over names: had other names been asked, each
+    counted once however many seeds drew it. Over seeds: had the runs been made anew.
+    """
+    found = differences(first, second, libraries)
+    seeds = found.groupby("seed")["points"].mean()
+    return clustered(found["points"], found["query"]), interval(seeds)
+
+
+def is_ahead(first, second, libraries=TRAINED):
+    """Whether rows score above others of the same seeds: over names, one verdict."""
+    over_names, _ = compared(first, second, libraries)
+    return Verdict(over_names[1] > 0, *over_names)
+
+
+def both(first, second, libraries=TRAINED):
+    """`compared` as columns of a table, each a text like "1.5 [1.0, 2.0]"."""
+    texts = (
+        f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
+        for mean, low, high in compared(first, second, libraries)
+    )
+    return dict(zip(("over names", "over seeds"), texts))
+
+
 def recorded(study):
     """The recorded rows of one study, a DataFrame, as they were made.
 
@@ -171,17 +278,41 @@ def recorded(study):
     return table[table["study"] == study].reset_index(drop=True)
 
 
+@functools.cache
+def of_base(seed):
+    """The row of the base with a seed's queries: recorded, or made if it is not."""
+    main = recorded("main")
+    found = main[(main["method"] == "none") & (main["seed"] == seed)]
+    rows = found.to_dict("records") or [make_run(method="none", seed=seed)[2]]
+    return rows[0]
+
+
+def gains(*rows):
+    """What each query gains over the base, in points: by seed, library and pair.
+
+    A Series over all queries that the rows report. Those of other rows of the same
+    seeds can be subtracted from it.
+    """
+    keys = ["seed", "library", "pair"]
+    before = [of_base(row["seed"]) for row in rows]
+    now, then = (queries(of).set_index(keys)["score"] for of in (rows, before))
+    return now - then
+
+
 def planned(settings):
     """The settings of each row that `make_rows` gives, in its order.
 
     Beside those of a run, `settings` may hold "cuts", the ranks to which the change of
-    full fine-tuning is cut, or "sums", name -> (how, libraries, weight). With sums
-    there is an adapter for each library, from an A of its own if "start" is negative.
+    full fine-tuning is cut; "merges", the ways of `merged`; or "sums", name -> (how,
+    libraries, weight). With sums there is an adapter for each library, from an A of its
+    own if "start" is negative.
     """
     settings = DEFAULTS | settings
-    cuts, sums = settings.pop("cuts", ()), settings.pop("sums", {})
+    cuts, merges = settings.pop("cuts", ()), settings.pop("merges", ())
+    sums = settings.pop("sums", {})
     if not sums:
-        return [settings, *(settings | {"cut": k} for k in cuts)]
+        after = [{"cut": k} for k in cuts] + [{"merged": how} for how in merges]
+        return [settings, *(settings | change for change in after)]
     own = settings["start"] < 0
     adapters = [
         {"libraries": [library], "start": i if own else settings["start"]}
@@ -194,7 +325,7 @@ def planned(settings):
 
 
 def make_rows(settings):
-    """The rows that are `planned`: of runs, of cuts of a change, of sums of adapters.
+    """The rows that are `planned`: of runs, cuts of a change, merges, sums of adapters.
 
     A row of full fine-tuning also holds the `spectrum` of its change.
     """
@@ -209,10 +340,13 @@ def make_rows(settings):
         else:
             if "cut" in row:
                 update = {name: truncate(C, row["cut"]) for name, C in change.items()}
+            elif "merged" in row:
+                (adapter,) = factors.values()
+                update = merged(adapter, row["merged"], row)
             else:
                 how, libraries, weight = settings["sums"][row["composed"]]
                 adapters = [factors[library] for library in libraries]
-                update = joined(adapters, how, weight)
+                update = joined(adapters, how, weight, row["seed"])
             tokenizer, model = base_with(update)
             row["ranks"] = ranks(model, tokenizer, data(row["seed"])[2])
         rows.append(row)
@@ -246,6 +380,22 @@ def factors_of(model):
     return {n: (w.scale * w.B.detach(), w.A.detach()) for n, w in wrappers.items()}
 
 
+def merged(adapter, how, settings):
+    """Name -> the change of a weight whose base was rounded and got an adapter merged.
+
+    `adapter` is name -> (B, A), trained on the base of `settings`. "bfloat16" stores
+    the sum of rounded weight and update in 16 bits, "again" rounds it as the base was,
+    and "original" rounds the sum of exact weight and update.
+    """
+    update = {}
+    for name, layer in layers(search.load_minilm()[1]).items():
+        W, (B, A) = layer.weight.detach(), adapter[name]
+        whole = (W if how == "original" else few_bits(W, settings)) + B @ A
+        stored = whole.bfloat16() if how == "bfloat16" else few_bits(whole, settings)
+        update[name] = stored - W
+    return update
+
+
 def base_with(update):
     """The base's tokenizer, and the base with an update of its layers added.
 
@@ -257,24 +407,57 @@ def base_with(update):
     return tokenizer, model
 
 
-def joined(adapters, how, weight):
+def joined(adapters, how, weight, seed=0):
     """Name -> the update of several adapters together; each is name -> (B, A).
 
     "sum" adds the updates B A; "rank 8" cuts that to its eight largest directions;
-    "average" multiplies the mean B by the mean A; "linear" is PEFT's, the roots of the
-    weights on both factors.
+    "TIES 0.2" and "DARE 0.2" keep that share of each update's entries; "average"
+    multiplies the mean B by the mean A; "linear" is PEFT's, the roots of the weights on
+    both factors. `seed` is for what DARE drops.
     """
-    update = {}
+    kind, _, number = how.partition(" ")
+    update, generator = {}, None
     for name in adapters[0]:
         Bs, As = zip(*(adapter[name] for adapter in adapters))
-        if how in ("average", "linear"):
-            on_each = weight if how == "average" else weight**0.5
+        if kind in ("average", "linear"):
+            on_each = weight if kind == "average" else weight**0.5
             update[name] = (on_each * sum(Bs)) @ (on_each * sum(As))
-        else:
-            update[name] = weight * sum(B @ A for B, A in zip(Bs, As))
-            if how == "rank 8":
-                update[name] = truncate(update[name], 8)
+            continue
+        parts = [B @ A for B, A in zip(Bs, As)]
+        if kind == "DARE":
+            generator = generator or torch.Generator(Bs[0].device).manual_seed(seed)
+            parts = [dare(part, float(number), generator) for part in parts]
+        whole = ties(parts, float(number)) if kind == "TIES" else sum(parts)
+        update[name] = weight * whole
+        if kind == "rank":
+            update[name] = truncate(update[name], int(number))
     return update
+
+
+def ties(updates, density):
+    """What several updates (d_out, d_in) agree on: one update.
+
+    Yadav et al. 2023, arXiv:2306.01708, matrix by matrix. Of each update the largest
+    entries are kept, a share `density`; each place takes the sign that has the larger
+    sum there, and the mean of what is kept of that sign.
+    """
+    kept = torch.stack(updates)
+    size = kept.abs().flatten(1)
+    drop = size.shape[1] - int(density * size.shape[1])
+    least = size.kthvalue(drop + 1, keepdim=True).values.unsqueeze(-1)
+    kept = kept * (kept.abs() >= least)
+    agree = kept.sign() == kept.sum(0).sign()
+    return (kept * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def dare(update, density, generator=None):
+    """An update with a share `density` of its entries, drawn at random, the rest zero.
+
+    Yu et al. 2023, arXiv:2311.03099. What is left is divided by `density`, so that the
+    mean over many draws is the update.
+    """
+    draw = torch.rand(update.shape, generator=generator, device=update.device)
+    return update * (draw < density) / density
 
 
 def over(seeds, *runs):
@@ -306,6 +489,19 @@ def studies():
     own = lora | {"steps": 32, "start": -1, "sums": seven | pairs}
     uncut = {name: of for name, of in seven.items() if of[0] != "rank 8"}
     shared = own | {"start": 0, "sums": uncut}
+    # Plain sums, TIES and DARE, each at four weights: a mean of what agrees is larger
+    # than a share of the sum, so that TIES has weights of its own.
+    ways = {"sum": (1 / 7, 0.25, 0.35, 0.5)}
+    for density in ("0.1", "0.2", "0.5"):
+        ways |= {
+            f"TIES {density}": (0.3, 0.6, 1.0, 1.5),
+            f"DARE {density}": ways["sum"],
+        }
+    merging = {
+        f"{how}, {weight:.2f}": (how, LIBRARIES, weight)
+        for how, weights in ways.items()
+        for weight in weights
+    }
     one_for_all = lora | {"libraries": list(LIBRARIES)}
 
     changes = [
@@ -324,14 +520,13 @@ def studies():
         for scale in (8 / r, (8 / r) ** 0.5, 1.0)
         for lr in rates["lora"]
     ]
-    # The same under PEFT's start. Rank 8 is where the rules meet.
-    rule = [run | {"init": "kaiming"} for run in alpha]
-    rule += [lora | {"init": "kaiming", "lr": lr} for lr in rates["lora"]]
     forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
     forms += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
     bases += [lora | {"base": k} for k in ("NF4", "NF2", "int3", "NF3", "int4", "int8")]
     bases += [lora | {"base": k, "steps": 96} for k in ("NF4", "NF2")]
+    double = {"base": "NF4", "double": True}  # as a layer stores it
+    merges = {"merges": ("bfloat16", "again", "original")}
     attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
     mlp = r".*\.\d\.(intermediate|output)\.dense"
     placed = [(attention, 18), (mlp, 14), (last, 24)]
@@ -342,6 +537,7 @@ def studies():
             *over(three, own, *(one_for_all | {"steps": n} for n in (32, 224))),
             *over((1, 2), own | {"steps": 16}, shared),
         ],
+        "merging": over((1, 2), own | {"sums": merging}),
         "change": over(five, *changes),
         "decay": over(
             five, *(full | {"cuts": (8, 384), "decay": d} for d in (0.0, 1.0))
@@ -349,7 +545,9 @@ def studies():
         "ranks": over(five, *(lora | {"rank": r} for r in (1, 2, 4, 16, 64))),
         "longer": over(five, lora | {"steps": 96}),
         "alpha": over((0, 6), *alpha),
-        "rule": over((0, 6), *rule),
-        "bases": over(three, {"method": "none"}, *bases),
+        "bases": [
+            *over(three, {"method": "none"}, *bases),
+            *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
+        ],
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
     }

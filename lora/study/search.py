@@ -185,6 +185,31 @@ def fine_tune(model, tokenizer, pairs, steps, lr, batch=32, seed=0, weight_decay
     return losses
 
 
+def step_bytes(model, tokenizer, batch):
+    """Bytes of a training step: [gradients, optimizer state, activations]."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):  # a storage counts once, however many tensors look into it
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sides = (unit_vectors(model, tokenizer, list(side)) for side in zip(*batch))
+        loss = contrastive_loss(*sides)
+    loss.backward()
+    optimizer.step()
+    state = [t for entry in optimizer.state.values() for t in entry.values()]
+    grads = [p.grad for p in trained if p.grad is not None]
+    return [sum(t.nbytes for t in part) for part in (grads, state)] + [
+        sum(kept.values())
+    ]
+
+
 def reciprocal_ranks(queries, documents):
     """1 / rank of each query's own document among all n: (n,), between 1 / n and 1.
 

@@ -238,7 +238,7 @@ def test_rows_hold_what_the_chapters_read(rows):
         assert all(type(rank) is int and 1 <= rank <= 150 for rank in found)
         assert all(len(ranks) == 150 for ranks in row["ranks"].values())
         assert list(row["ranks"]) == list(LIBRARIES) and len(found) == 1050
-        if "cut" in row or "composed" in row:
+        if row.keys() & {"cut", "merged", "composed"}:
             continue
         assert "versions" in row
         assert {len(ranks) for ranks in row["chosen"].values()} == {50}

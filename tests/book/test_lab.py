@@ -471,6 +471,7 @@ def test_dials_by_keyboard_and_the_address(visit, site, page):
 
     page.goto(f"{site}book/lab.html")
     ready(page)
+    page.click("#a-dials summary")
     page.select_option("[name='a.start']", "both zero")
     assert page.url.endswith("lab.html?a.start=both+zero")
     page.click("text=rank 2 beside rank 8")

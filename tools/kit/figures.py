@@ -6,16 +6,23 @@ from pathlib import Path
 from matplotlib.testing.compare import compare_images
 from matplotlib.testing.exceptions import ImageComparisonFailure
 
+from lora.study.plots import NARROW
+
 # Root mean square over the pixels, of 255; one changed letter is about 1.5. matplotlib
 # brings its own font rasterizer, so that 3.10.0 and 3.10.9 draw the same pixels on all
 # machines. 3.11 sets all text anew (about 30): after such an upgrade, `make run`.
 TOLERANCE = 1.0
 
 
-def pictures(outputs):
-    """The PNG files among a cell's outputs, as bytes."""
-    data = (output.get("data", {}) for output in outputs)
-    return [base64.b64decode(d["image/png"]) for d in data if "image/png" in d]
+def pictures(outputs, *kinds):
+    """The PNG files among a cell's outputs, as bytes: of these types, or of both."""
+    found = [
+        output["data"][kind]
+        for output in outputs
+        for kind in kinds or ("image/png", NARROW)
+        if kind in output.get("data", {})
+    ]
+    return list(map(base64.b64decode, found))
 
 
 def difference(stored, drawn, folder):

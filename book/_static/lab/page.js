@@ -199,6 +199,10 @@ function setAll(query) {
 		"a",
 		refused.length ? `The address asks for what cannot be: ${refused.join("; ")}.` : "",
 	);
+	for (const dial of dials()) {
+		const more = dial.closest("details");
+		if (more && dial.value !== initial(dial)) more.open = true;
+	}
 	showDials();
 	prepare(Object.values(panels));
 }

@@ -8,7 +8,14 @@ from torch import nn
 
 from lora import count_trainable
 from lora.study import moons
-from lora.study.moons import moons_batch, moons_mlp, pretrained, two_moons
+from lora.study.moons import (
+    disturbed,
+    held_out_loss,
+    moons_batch,
+    moons_mlp,
+    pretrained,
+    two_moons,
+)
 from lora.study.training import accuracy, train
 
 
@@ -112,3 +119,27 @@ def test_the_network_learns_the_moons():
     models, _, _ = pretrained([0], epochs=15)
     assert accuracy(models, *moons_batch([2000], n=2000)).item() > 0.97
     assert accuracy(models, *moons_batch([2000], n=2000, degrees=45)).item() < 0.75
+
+
+@pytest.mark.parametrize("size", [None, 0.05])
+def test_a_random_update_has_the_size_that_was_asked_for(size):
+    models = [moons_mlp(0), moons_mlp(1)]
+    copies, before = disturbed(models, [7, 8], rank=4, size=size)
+    ratios = []
+    for model, changed in zip(models, copies):
+        for layer, other in zip(model[::2], changed[::2]):
+            change = other.weight.detach() - layer.weight
+            ratios.append((change.norm() / layer.weight.norm()).item())
+            assert torch.linalg.matrix_rank(change) <= 4
+    wanted = [size] * 8 if size else [before] * 8
+    assert sum(ratios) == pytest.approx(sum(wanted))
+    assert size is None or ratios == pytest.approx(wanted)
+
+
+def test_the_held_out_loss_is_that_of_new_points():
+    models = [moons_mlp(0), moons_mlp(1)]
+    losses = held_out_loss(models, [3, 5], degrees=45)
+    x, y = two_moons(2000, degrees=45, seed=1005)
+    wanted = torch.nn.functional.cross_entropy(models[1](x), y).item()
+    assert losses.shape == (2,)
+    assert losses[1].item() == pytest.approx(wanted)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from lora import core
+from lora import core, formats, nf4
 from lora.study import docstrings, runs, search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
+from lora.study.evidence import clustered, interval
 
 ROW = {"study": "main", "method": "none", "seed": 1, "versions": "a=1", "losses": []}
 ROW |= {"ranks": {"numpy": [1, 2], "torch": [4]}}
@@ -132,6 +133,19 @@ def test_a_base_in_few_bits(small):
         assert max(len(block.unique()) for block in blocks) <= 4, name
 
 
+def test_nf4_with_its_scales_in_few_bits(small):
+    """The weights are those of the layer that stores them."""
+    before = {n: m.weight for n, m in runs.layers(search.load_minilm()[1]).items()}
+    _, model, row = runs.make_run(method="none", base="NF4", block=8, double=True)
+    assert row["double"]
+    for name, layer in runs.layers(model).items():
+        stored = nf4.NF4Linear(before[name], block=8).dense_weight()
+        assert torch.equal(layer.weight, stored), name
+        assert not torch.equal(stored, formats.round_trip(before[name], block=8))
+    with pytest.raises(ValueError, match="double is for NF4, got the base 'int4'"):
+        runs.make_run(method="none", base="int4", double=True)
+
+
 def test_a_setting_that_there_is_none_of_is_refused(small):
     with pytest.raises(ValueError, match=r"settings are \['method', .*got \['ranks'\]"):
         runs.make_run(ranks=4)
@@ -151,6 +165,104 @@ def test_versions_are_those_of_the_installed():
 
 def test_points_are_the_mean_over_all_queries():
     assert runs.points(ROW) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
+
+
+# --- Which query a rank is of ---
+
+
+def test_a_query_is_known_again_under_another_seed():
+    """With the pinned libraries: the places are those of the pairs that were drawn."""
+    for seed in (1, 4):
+        for library, places in runs.reported(seed).items():
+            pairs = docstring_pairs(library)
+            assert len(pairs) == runs.PAIRS[library]
+            assert [pairs[i] for i in places] == runs.data(seed)[2][library]
+
+
+def test_queries_of_rows():
+    ranks = {library: [*range(1, 151)] for library in LIBRARIES}
+    rows = [{"seed": seed, "ranks": ranks} for seed in (1, 2)]
+    table = runs.queries(rows)
+    assert len(table) == 2 * 7 * 150 and list(table.index) == [*range(2 * 7 * 150)]
+    first = table.iloc[0]
+    assert tuple(first[["seed", "library", "score"]]) == (1, "numpy", 100)
+    assert first["query"] == f"numpy {runs.reported(1)['numpy'][0]}"
+    last = table[(table["seed"] == 2) & (table["library"] == "sympy")]
+    assert list(last["pair"]) == runs.reported(2)["sympy"]
+    assert list(last["score"]) == [100 / rank for rank in range(1, 151)]
+    some = table[table["library"].isin(["scipy"])].reset_index(drop=True)
+    assert runs.queries(runs.pd.DataFrame(rows), ["scipy"]).equals(some)
+    twice = table["query"].value_counts()
+    assert set(twice) == {1, 2}, "some names are drawn by both seeds, not all"
+
+
+def test_gains_over_the_base(file, monkeypatch):
+    """By query, so that runs of the same seeds can be subtracted."""
+    made, base = [], {library: [2] * 150 for library in LIBRARIES}
+    row = ROW | {"ranks": base}
+    monkeypatch.setattr(runs, "make_run", lambda **s: made.append(s) or (0, 0, row | s))
+    write(file, row)
+    runs.of_base.cache_clear()
+    better = row | {"method": "lora", "ranks": base | {"torch": [1] * 150}}
+    found = runs.gains(better, better | {"seed": 2})
+    assert list(found.index.names) == ["seed", "library", "pair"]
+    assert found.index.is_unique and len(found) == 2 * 7 * 150
+    assert (found == 50 * (found.index.get_level_values("library") == "torch")).all()
+    assert made == [{"method": "none", "seed": 2}], "a seed that is not recorded, once"
+    runs.of_base.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss occurred")
+def test_what_two_sets_of_rows_differ_in():
+    """One query is right in `better` and second in `worse`, in each of two seeds."""
+    worse, better = (
+        [
+            {"seed": s, "ranks": {"numpy": [rank, *[3] * 149], "scipy": [1] * 150}}
+            for s in seeds
+        ]
+        for rank, seeds in ((2, (1, 2)), (1, (2, 1, 3)))
+    )
+    both = ["numpy", "scipy"]
+    found = runs.differences(better, worse, both)
+    assert len(found) == 2 * 2 * 150, "a seed that one side lacks is left out"
+    moved = found[found["points"] != 0]
+    assert list(moved["points"]) == [50, 50] and set(moved["library"]) == {"numpy"}
+    names, seeds = runs.compared(better, worse, both)
+    assert names[0] == pytest.approx(100 / 600) and names[1] < 0 < names[2]
+    assert seeds == pytest.approx((100 / 600,) * 3), "all seeds alike: no width"
+    expected = clustered(found["points"], found["query"])
+    assert names == expected != interval(found["points"])
+    assert runs.compared(better, worse, ["scipy"])[0] == (0, 0, 0)
+    assert not runs.is_ahead(better, worse, both).stands, "one name is no lead"
+    shown = runs.both(better, worse, both)
+    assert shown["over names"].startswith("0.2 [−") and shown["over seeds"] == (
+        "0.2 [0.2, 0.2]"
+    )
+
+
+def test_everyday_sentences_are_sixty_and_all_different():
+    table = runs.pd.read_csv(runs.FOLDER / "everyday.csv")
+    assert list(table) == ["sentence", "same", "other"] and len(table) == 60
+    assert len(set(table.to_numpy().ravel())) == 180
+
+
+def test_everyday_sentences_by_hand(monkeypatch):
+    """A sentence is two numbers. What shares its own words does not count."""
+    places = {"a": (1, 0), "A": (0.8, 0.6), "a?": (1, 0), "b": (0, 1), "B": (0.6, 0.8)}
+    places["b?"] = (0.8, 0.6)
+    table = {"sentence": ["a", "b"], "same": ["A", "B"], "other": ["a?", "b?"]}
+    monkeypatch.setattr(runs.pd, "read_csv", lambda file: runs.pd.DataFrame(table))
+    monkeypatch.setattr(
+        search,
+        "embed",
+        lambda m, t, some: torch.tensor([places[s] for s in some]) * 1.0,
+    )
+    found = runs.everyday(None, None)
+    # a: own 0.8, B 0.6, b? 0.8, which ties; b: own 0.8, A 0.6, a? 0
+    assert found["everyday"] == [2, 1]
+    logits = torch.tensor([[0.8, 0.6, 0.8], [0.8, 0.6, 0.0]])
+    nats = (20 * logits).logsumexp(1) - 16
+    assert found["nats"] == pytest.approx(nats.tolist(), abs=6e-4)
 
 
 # --- Cuts of a change, sums of adapters: on one layer, by hand ---
@@ -270,6 +382,80 @@ def test_a_sum_that_is_cut_keeps_its_largest_directions():
     )
 
 
+def test_ways_to_merge(small):
+    """Each by hand: 16 bits, rounded again, and the sum with the exact weight."""
+    weights = {n: m.weight for n, m in runs.layers(search.load_minilm()[1]).items()}
+    adapter = {
+        name: (torch.randn(len(W), 2) / 9, torch.randn(2, W.shape[1]) / 9)
+        for name, W in weights.items()
+    }
+    form = runs.DEFAULTS | {"base": "int4", "block": 8}
+    for name, W in weights.items():
+        grid, (B, A) = formats.round_trip(W, "int4", 8), adapter[name]
+        by_hand = {
+            "bfloat16": (grid + B @ A).bfloat16().float(),
+            "again": formats.round_trip(grid + B @ A, "int4", 8),
+            "original": formats.round_trip(W + B @ A, "int4", 8),
+        }
+        for how, expected in by_hand.items():
+            change = runs.merged(adapter, how, form)[name]
+            torch.testing.assert_close(W + change, expected)
+
+
+def test_a_run_and_what_its_merges_score(small, monkeypatch):
+    settings = {"base": "NF4", "block": 8, "steps": 2, "rank": 2, "lr": 0.05}
+    ways = "bfloat16", "again", "original"
+    asked = []
+    monkeypatch.setattr(runs, "merged", lambda a, how, s: asked.append((a, how, s)))
+    monkeypatch.setattr(runs, "base_with", lambda update: search.load_minilm())
+    apart, *rows = runs.make_rows(settings | {"merges": ways})
+    assert apart["losses"] and [row["merged"] for row in rows] == list(ways)
+    assert rows[0].items() >= (runs.DEFAULTS | settings).items()
+    adapters, hows, forms = zip(*asked)
+    assert hows == ways and all(f["base"] == "NF4" for f in forms)
+    assert all(B.any() for B, A in adapters[0].values()), "the trained one"
+
+
+def test_ties_keeps_what_is_large_and_agrees():
+    """By hand: half of each update; where two of three say plus, their mean."""
+    first = torch.tensor([[4.0, 1], [-3, 0]])
+    second = torch.tensor([[2.0, 5], [1, -1]])
+    third = torch.tensor([[-1.0, 0], [-5, 3]])
+    expected = torch.tensor([[3.0, 5], [-4, 3]])
+    assert torch.equal(runs.ties([first, second, third], 0.5), expected)
+    against = torch.tensor([[-9.0, 0], [0, 2]])
+    expected = torch.tensor([[-9.0, 5], [-3, 2]])
+    assert torch.equal(runs.ties([first, second, against], 0.5), expected)
+    assert torch.equal(runs.ties([first], 1.0), first)
+
+
+def test_dare_drops_at_random_and_keeps_the_mean():
+    update = torch.full((200, 200), 3.0)
+    draw = runs.dare(update, 0.25, torch.Generator().manual_seed(0))
+    assert set(draw.unique().tolist()) == {0, 12}
+    assert abs(draw.mean() - 3) < 0.2
+    again = runs.dare(update, 0.25, torch.Generator().manual_seed(0))
+    assert torch.equal(draw, again)
+    assert torch.equal(runs.dare(update, 1.0), update)
+
+
+def test_ties_and_dare_as_recorded():
+    """Each adapter and layer has a draw of its own; a seed repeats them."""
+    torch.manual_seed(0)
+    parts = [{n: (torch.randn(9, 2), torch.randn(2, 9)) for n in "ab"} for _ in "xyz"]
+    updates = [B @ A for B, A in (part["b"] for part in parts)]
+    (found,) = [runs.joined(parts, "TIES 0.2", 0.5)["b"]]
+    assert torch.equal(found, 0.5 * runs.ties(updates, 0.2))
+    draws = [runs.joined(parts, "DARE 0.5", 2.0, seed) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0]["b"], draws[1]["b"])
+    assert not torch.equal(draws[0]["b"], draws[2]["b"])
+    same = [{"a": part["a"], "b": part["a"]} for part in parts]
+    twice = runs.joined(same, "DARE 0.5", 1.0, 1)
+    assert not torch.equal(twice["a"], twice["b"])
+    whole = runs.joined(parts, "DARE 1.0", 2.0)["b"]
+    torch.testing.assert_close(whole, 2 * sum(updates))
+
+
 # --- What is planned ---
 
 
@@ -292,7 +478,7 @@ def test_no_run_is_planned_twice():
 def test_a_seed_that_chooses_does_not_report():
     for study, entries in runs.studies().items():
         for settings in entries:
-            chooses = study in ("rates", "alpha", "rule")
+            chooses = study in ("rates", "alpha")
             assert (settings["seed"] in (0, 6)) == chooses
 
 

@@ -528,3 +528,16 @@ def test_search_score_is_of_names_among_sentences(minilm):
     )
     found = search.search_score(model, tokenizer, pairs)
     assert torch.equal(found, brute_force(names, sentences))
+
+
+def test_the_bytes_of_a_step(small, tokenizer):
+    """Two moments and a counter for each gradient; fewer gradients keep less."""
+    small.requires_grad_(True).pooler.requires_grad_(False)
+    tensors = [p for p in small.parameters() if p.requires_grad]
+    grads, state, kept = search.step_bytes(small, tokenizer, PAIRS[:4])
+    assert grads == sum(p.nbytes for p in tensors)
+    assert state == 2 * grads + 4 * len(tensors)
+    small.zero_grad()
+    small.requires_grad_(False).encoder.layer[0].output.dense.requires_grad_(True)
+    fewer = search.step_bytes(small, tokenizer, PAIRS[:4])
+    assert fewer[0] < grads and 0 < fewer[2] < kept
