@@ -209,17 +209,6 @@ def check_not_injected(model, places):
         raise ValueError(f"{message}; merge_lora first, or use add_adapter throughout")
 
 
-def check_rows(places):
-    """Raise TypeError for a base, name -> base, whose wrapper has a forward of its own.
-
-    An update here is given rows of numbers, not images or indices.
-    """
-    for place, base in places.items():
-        if wrapper := bases.wrapper_of(base):
-            message = f"{place}: {type(base).__name__} is given no rows of numbers"
-            raise TypeError(f"{message}: inject_lora, which uses {wrapper.__name__}")
-
-
 def attach(model, name, updates):
     """Put updates beside their bases, layer's name -> update; return the names.
 
@@ -266,7 +255,7 @@ def add_adapter(
     checks.check_settings(rank, alpha)
     chosen = bases.choose(model, targets, exclude, wrapper=WRAPPERS)
     check_not_injected(model, chosen)
-    check_rows(chosen)
+    bases.check_rows(chosen)
     ranks = by_pattern("rank_pattern", rank_pattern, chosen, rank)
     alphas = by_pattern("alpha_pattern", alpha_pattern, chosen, alpha)
     for setting in zip(ranks.values(), alphas.values()):
@@ -450,7 +439,7 @@ def load_adapter(model, folder, name=None, head=None):
         fault.add_note(f"while an adapter was read from {folder}")
         raise
     check_not_injected(model, factors)
-    check_rows({place: places[place] for place in factors})
+    bases.check_rows({place: places[place] for place in factors})
     for place in factors:
         bases.check_base(place, places[place])
     updates = {}  # of bases: one may have several names

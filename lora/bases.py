@@ -161,6 +161,17 @@ def check_base(name, layer):
     raise TypeError(f"{name} must be {what}, {fault}")
 
 
+def check_rows(places):
+    """Raise TypeError if a base, name -> base, is given no rows of numbers.
+
+    But images or indices: then what was registered wraps it, and nothing else can.
+    """
+    for place, base in places.items():
+        if wrapper := wrapper_of(base):
+            message = f"{place}: {type(base).__name__} is given no rows of numbers"
+            raise TypeError(f"{message}: inject_lora, which uses {wrapper.__name__}")
+
+
 def hooks_of(module):
     """The kinds of hooks that a module has: "forward", "backward pre", ..."""
     kinds = "forward", "forward_pre", "backward", "backward_pre"
