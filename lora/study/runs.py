@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lora import bases, core, formats, nf4
+from lora import bases, core, formats, nf4, variants
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
@@ -47,7 +47,21 @@ DEFAULTS = {
     "double": False,  # of NF4: whether its scales are in few bits, too
     "libraries": list(TRAINED),  # whose pairs are trained on
     "start": 0,  # adapters of one seed that start from other A's
+    "variant": "lora",  # or another of VARIANTS
     "seed": 0,
+}
+# How each variant is put into a model: (model, targets, rank, alpha) -> wrappers. That
+# of LoRA+ is in the rates of its optimizer.
+VARIANTS = {
+    "lora": lambda m, t, r, a: core.inject_lora(m, rank=r, alpha=a, targets=t),
+    "rsLoRA": lambda m, t, r, a: core.inject_lora(
+        m, rank=r, alpha=variants.rslora_alpha(r, a), targets=t
+    ),
+    "LoRA+": lambda m, t, r, a: core.inject_lora(m, rank=r, alpha=a, targets=t),
+    "PiSSA": lambda m, *s: variants.inject(m, variants.PiSSALinear, *s),
+    "DoRA": lambda m, *s: variants.inject(m, variants.DoRALinear, *s),
+    "LoRA-FA": lambda m, *s: variants.inject(m, variants.LoRAFALinear, *s),
+    "VeRA": lambda m, t, r, a: variants.inject_vera(m, t, r, torch.initial_seed()),
 }
 KS = (1, 2, 4, 8, 16, 32, 64, 384)  # directions of a change that a row tells about
 
@@ -68,8 +82,8 @@ def prepare(model, settings):
         torch.manual_seed(settings["seed"] + 1000 * settings["start"])
         rank = settings["rank"]
         alpha = settings["scale"] * rank
-        targets = settings["targets"]
-        wrappers = core.inject_lora(model, rank=rank, alpha=alpha, targets=targets)
+        inject = VARIANTS[settings["variant"]]
+        wrappers = inject(model, settings["targets"], rank, alpha)
         if settings["init"] == "kaiming":
             for wrapper in wrappers:
                 nn.init.kaiming_uniform_(wrapper.A, a=math.sqrt(5))
@@ -159,8 +173,17 @@ def make_run(**settings):
     losses, start = [], time.process_time()
     if settings["method"] != "none":
         steps, lr, decay = (settings[name] for name in ("steps", "lr", "decay"))
+        plus = settings["variant"] == "LoRA+"
+        groups = variants.loraplus_groups(model, lr) if plus else None
         losses = search.fine_tune(
-            model, tokenizer, train, steps, lr, seed=seed, weight_decay=decay
+            model,
+            tokenizer,
+            train,
+            steps,
+            lr,
+            seed=seed,
+            weight_decay=decay,
+            groups=groups,
         )
     seconds = (time.process_time() - start) / max(1, len(losses))
     row = settings | {"versions": versions(), "device": model.device.type}
@@ -530,6 +553,13 @@ def studies():
     attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
     mlp = r".*\.\d\.(intermediate|output)\.dense"
     placed = [(attention, 18), (mlp, 14), (last, 24)]
+    # Each variant at the same rates; LoRA's own are in "rates" where they are not here.
+    race = [
+        lora | {"variant": v, "lr": lr, "rank": 256 if v == "VeRA" else 8}
+        for lr in (5e-4, 2e-3, 8e-3, 3.2e-2, 1e-3, 4e-3, 1.6e-2)
+        for v in VARIANTS
+        if v != "lora" or lr not in rates["lora"]
+    ]
     return {
         "rates": over((0, 6), *grid),
         "main": over(five, {"method": "none"}, lora, full | {"cuts": KS}),
@@ -549,5 +579,6 @@ def studies():
             *over(three, {"method": "none"}, *bases),
             *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
         ],
+        "race": over((0,), *race),
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
     }
