@@ -173,27 +173,27 @@ def merge_tokens(model):
 
 
 def left_out(model):
-    """What is adapted and what stays frozen, in numbers: a text of a line a kind."""
+    """What is adapted and what stays frozen, in numbers: a text of one line.
+
+    A parameter of three dimensions, such as the experts' of a layer, counts as that
+    many matrices.
+    """
     wrappers = bases.find(model, (LoRALinear, TokenRows)).values()
     adapted = {wrapper.base for wrapper in wrappers}
     inside = {m for wrapper in wrappers for m in wrapper.modules()}
-    seen, kinds, matrices, numbers = set(), Counter(), Counter(), Counter()
+    left, matrices, seen = Counter(), Counter(), set()
     for m in model.modules():
         own = {p for p in m.parameters(recurse=False) if p.ndim > 1} - seen
         if own and m not in inside:
             seen |= own
-            kind = type(m).__name__
-            kinds[kind] += 1
-            matrices[kind] += sum(p.shape[:-2].numel() for p in own)
-            numbers[kind] += sum(p.numel() for p in own)
-    total, frozen = len(adapted) + matrices.total(), count_total(model)
-    lines = [f"adapted: {len(adapted)} of {total} matrices"]
-    lines += [
-        f"left: {n} {kind}, {matrices[kind]} matrices, {numbers[kind]:,} numbers"
-        for kind, n in kinds.items()
-    ]
-    trained = count_trainable(model)
-    return "\n".join([*lines, f"trains {trained:,} of {frozen:,} numbers"])
+            left[type(m).__name__] += 1
+            stacked = not isinstance(m, nn.modules.conv._ConvNd)
+            its = (len(p) if p.ndim == 3 and stacked else 1 for p in own)
+            matrices[type(m).__name__] += sum(its)
+    total = len(adapted) + matrices.total()
+    rest = ", ".join(f"{matrices[kind]} in {n} {kind}" for kind, n in left.items())
+    text = f"adapts {len(adapted)} of {total} matrices; left: {rest or 'none'}"
+    return f"{text}; {count_trainable(model):,} of {count_total(model):,} numbers train"
 
 
 def save_lora(model, folder):

@@ -400,8 +400,22 @@ def test_experts_are_left_and_counted():
     with pytest.warns(UserWarning, match="2 MixtralExperts, 2 MixtralTopKRouter|2 Mix"):
         inject_lora(model, rank=2)
     text = layers.left_out(model)
-    assert text.splitlines()[0] == "adapted: 8 of 27 matrices"
-    assert "left: 2 MixtralExperts, 16 matrices, 9,216 numbers" in text
-    assert "left: 2 MixtralTopKRouter, 2 matrices, 128 numbers" in text
-    assert "left: 1 Embedding, 1 matrices, 800 numbers" in text
-    assert f"trains {count_trainable(model):,} of" in text
+    assert text == (
+        "adapts 8 of 27 matrices; left: 1 in 1 Embedding, 2 in 2 MixtralTopKRouter, "
+        f"16 in 2 MixtralExperts; {count_trainable(model):,} of 12,208 numbers train"
+    )
+
+
+def test_a_convolution_counts_as_one_matrix():
+    """Its weight has three or four dimensions, and one W."""
+    model = freeze(nn.ModuleList([nn.Conv1d(2, 3, 5), nn.Conv2d(2, 3, 5)]))
+    with pytest.warns(UserWarning, match="left as they are: 1 Conv1d"):
+        inject_lora(model)
+    text = layers.left_out(model)
+    assert text.startswith("adapts 1 of 2 matrices; left: 1 in 1 Conv1d; ")
+
+
+def test_rows_of_a_tied_head_count_once():
+    model = freeze(gpt2())
+    layers.train_tokens(model, "transformer.wte", NEW)
+    assert layers.left_out(model).startswith("adapts 2 of 11 matrices; left: 1 in 1 Em")
