@@ -579,6 +579,6 @@ def studies():
             *over(three, {"method": "none"}, *bases),
             *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
         ],
-        "race": over((0,), *race),
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
+        "race": over((0,), *race),
     }
