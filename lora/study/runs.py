@@ -553,13 +553,6 @@ def studies():
     attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
     mlp = r".*\.\d\.(intermediate|output)\.dense"
     placed = [(attention, 18), (mlp, 14), (last, 24)]
-    # Each variant at the same rates; LoRA's own are in "rates" where they are not here.
-    race = [
-        lora | {"variant": v, "lr": lr, "rank": 256 if v == "VeRA" else 8}
-        for lr in (5e-4, 2e-3, 8e-3, 3.2e-2, 1e-3, 4e-3, 1.6e-2)
-        for v in VARIANTS
-        if v != "lora" or lr not in rates["lora"]
-    ]
     return {
         "rates": over((0, 6), *grid),
         "main": over(five, {"method": "none"}, lora, full | {"cuts": KS}),
@@ -580,5 +573,4 @@ def studies():
             *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
         ],
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
-        "race": over((0,), *race),
     }
