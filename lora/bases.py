@@ -88,9 +88,12 @@ def laid_out(base, W):
 
 def dense_weight(base):
     """W of a base, (d_out, d_in): what `dense_weight()` returns, else its `weight`."""
-    if isinstance(base, DenseWeight):
-        return base.dense_weight()
-    return matrix_of(base, base.weight)
+    return base.dense_weight() if isinstance(base, DenseWeight) else base.weight
+
+
+def weight_of(base):
+    """W of a base, (d_out, d_in), as a view of its weight where a class registered."""
+    return matrix_of(base, dense_weight(base))
 
 
 class LazyWeight(torch.Tensor):
@@ -121,7 +124,7 @@ def lazily(change, base):
     """`change`(W of a base), computed where its numbers are used, in its own form."""
     own = getattr(base, "weight", None)
     like = own if isinstance(own, LazyWeight) or known(base) else dense_weight(base)
-    return LazyWeight(like, lambda: laid_out(base, change(dense_weight(base))))
+    return LazyWeight(like, lambda: laid_out(base, change(weight_of(base))))
 
 
 def check_base(name, layer):
@@ -146,7 +149,7 @@ def check_base(name, layer):
     elif not opts_in and list(layer.children()):
         fault = f"but it has submodules: {[n for n, _ in layer.named_children()]}"
     else:
-        W = dense_weight(layer)
+        W = weight_of(layer)
         if known(layer) in REGISTERED:  # a copy would be adapted, and not merged
             shape, same = "(d_out, d_in)", torch._C._is_alias_of(W, layer.weight)
             fits = W.dim() == 2 and same

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from lora import checks
-from lora.bases import dense_weight, known, listed, wrapper_of
+from lora.bases import known, listed, weight_of, wrapper_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -51,7 +51,7 @@ def layout(base, rank):
         return wrapper.layout(base, rank)
     own = known(base)  # else W may have to be computed
     d_out, d_in = (
-        dense_weight(base).shape if own else (base.out_features, base.in_features)
+        weight_of(base).shape if own else (base.out_features, base.in_features)
     )
     return {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
 
@@ -60,7 +60,7 @@ def is_transposed(base):
     """Whether a base keeps W as (d_in, d_out): what PEFT calls `fan_in_fan_out`."""
     if known(base) is None or wrapper_of(base):
         return False
-    return dense_weight(base).stride() != base.weight.stride()
+    return weight_of(base).stride() != base.weight.stride()
 
 
 def write_adapter(folder, adapters, bases, head=None):
@@ -172,7 +172,7 @@ def read_adapter(folder, model, bases, head=None):
     for name in wanted:
         checks.check_settings(ranks[name], alphas[name])
         base = bases[names[name]]
-        one = checks.wide(dense_weight(base).new_empty(1))
+        one = checks.wide(weight_of(base).new_empty(1))
         shapes = layout(base, ranks[name])
         keys[name] = [f"{name}.{key}" for key in shapes]
         like |= {f"{name}.{key}": one.expand(shape) for key, shape in shapes.items()}

@@ -75,7 +75,7 @@ class PiSSALinear(LoRALinear):
         if bases.known(base) is None:
             raise TypeError(f"base must hold its weight, got {type(base).__name__}")
         super().__init__(base, rank, alpha)
-        W = checks.wide(bases.dense_weight(base).detach())
+        W = checks.wide(bases.weight_of(base).detach())
         U, sizes, Vh = torch.linalg.svd(W, full_matrices=False)
         root = (sizes[:rank] / self.scale).sqrt()
         self.A.data, self.B.data = root[:, None] * Vh[:rank], U[:, :rank] * root
@@ -99,14 +99,14 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base, rank=4, alpha=8.0):
         super().__init__(base, rank, alpha)
-        W = checks.wide(bases.dense_weight(base))
+        W = checks.wide(bases.weight_of(base))
         self.magnitude = checks.parameter(W.norm(dim=1))
 
     def factor(self, V):
         return self.magnitude / V.detach().norm(dim=1)
 
     def forward(self, x):
-        V = super().add_to(checks.wide(bases.dense_weight(self.base)))
+        V = super().add_to(checks.wide(bases.weight_of(self.base)))
         bias = 0 if self.bias is None else self.bias
         y = super().forward(x) - bias
         return (self.factor(V) * y + bias).to(y.dtype)
@@ -152,11 +152,11 @@ class VeRALinear(LoRALinear):
 def inject_vera(model, targets=None, rank=256, seed=0):
     """`inject` of `VeRALinear`: one pair for all layers, PEFT's, drawn with `seed`."""
     layers = bases.choose(model, targets, wrapper=LoRALinear).values()
-    shapes = [bases.dense_weight(layer).shape for layer in layers]
+    shapes = [bases.weight_of(layer).shape for layer in layers]
     d_out, d_in = (max(sizes) for sizes in zip(*shapes))
     generator = torch.Generator("cpu").manual_seed(seed)
     A, B = torch.empty(rank, d_in, device="cpu"), torch.empty(d_out, rank, device="cpu")
     for factor in (A, B):
         nn.init.kaiming_uniform_(factor, generator=generator)
-    pair = [factor.to(bases.dense_weight(next(iter(layers)))) for factor in (A, B)]
+    pair = [factor.to(bases.weight_of(next(iter(layers)))) for factor in (A, B)]
     return inject(model, lambda layer, r, _: VeRALinear(layer, r, pair), targets, rank)
