@@ -242,6 +242,7 @@ def add_adapter(
     checks.check_settings(rank, alpha)
     chosen = bases.choose(model, targets, exclude, wrapper=WRAPPERS)
     check_not_injected(model, chosen)
+    bases.check_rows(chosen)
     ranks = by_pattern("rank_pattern", rank_pattern, chosen, rank)
     alphas = by_pattern("alpha_pattern", alpha_pattern, chosen, alpha)
     for setting in zip(ranks.values(), alphas.values()):
@@ -394,8 +395,10 @@ def save_adapter(model, name, folder, head=None):
     savings are refused when they are loaded.
     """
     layers, _ = known(model, None, name)
-    its = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
-    peft_files.write_adapter(Path(folder), its, head)
+    its = {n: m for n, m in layers.items() if name in m.adapters}
+    updates = {n: m.adapters[name] for n, m in its.items()}
+    its = {n: m.base for n, m in its.items()}
+    peft_files.write_adapter(Path(folder), updates, its, head)
 
 
 def load_adapter(model, folder, name=None, head=None):
@@ -416,6 +419,7 @@ def load_adapter(model, folder, name=None, head=None):
         fault.add_note(f"while an adapter was read from {folder}")
         raise
     check_not_injected(model, factors)
+    bases.check_rows({place: places[place] for place in factors})
     for place in factors:
         bases.check_base(place, places[place])
     updates = {}  # of bases: one may have several names

@@ -113,7 +113,7 @@ def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0, targets=None)
     wrappers, new = {w.base: w for w in bases.find(module, LoRALinear).values()}, []
     for layer in chosen.values():
         if layer not in wrappers:
-            wrappers[layer] = LoRALinear(layer, rank, alpha)
+            wrappers[layer] = bases.wrapper_of(layer, LoRALinear)(layer, rank, alpha)
             new.append(wrappers[layer])
     for name, layer in chosen.items():
         module.set_submodule(name, wrappers[layer])

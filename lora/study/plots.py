@@ -151,6 +151,34 @@ def layer():
     return figure
 
 
+def variant(ax, name, formula, frozen="", vectors=""):
+    """Draw a variant of LoRA, W + B A: what is in colour trains, what is grey does not.
+
+    `frozen` names those of A and B that do not train, `vectors` those that do beside
+    them: m before W, b before B, d between B and A.
+    """
+    ax.axis("off")
+    ax.set(title=name, xlim=(-0.5, 3.2), ylim=(-0.55, 1.1), aspect="equal")
+    places = {"W": (0, 0, 1, 1), "B": (1.75, 0, 0.3, 1), "A": (2.2, 0.7, 1, 0.3)}
+    places |= {
+        "m": (-0.3, 0, 0.12, 1),
+        "b": (1.5, 0, 0.12, 1),
+        "d": (2.2, 0.4, 0.3, 0.12),
+    }
+    colors = {"W": FROZEN, "A": A, "B": B} | dict.fromkeys("mbd", ORANGE)
+    for part in ("W", "A", "B", *vectors):
+        x, y, width, height = places[part]
+        color = FROZEN if part in frozen else colors[part]
+        box = plt.Rectangle((x, y), width, height, facecolor=color, edgecolor="black")
+        ax.add_patch(box)
+        if part in "WAB":
+            where, ink = (x + width / 2, y + height / 2), "black"
+            ink = "white" if color != A else "black"
+            ax.text(*where, part, ha="center", va="center", color=ink, fontsize=9)
+    ax.text(1.25, 0.5, "+", ha="center", va="center")
+    ax.text(1.35, -0.4, formula, ha="center", va="center", fontsize=9)
+
+
 def dots(ax, groups, labels):
     """Dots with intervals, a row for each label, in the colour and form of their group.
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lora import bases, core, formats, nf4
+from lora import bases, core, formats, nf4, variants
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
@@ -46,7 +46,21 @@ DEFAULTS = {
     "double": False,  # of NF4: whether its scales are in few bits, too
     "libraries": list(TRAINED),  # whose pairs are trained on
     "start": 0,  # adapters of one seed that start from other A's
+    "variant": "lora",  # or another of VARIANTS
     "seed": 0,
+}
+# How each variant is put into a model: (model, targets, rank, alpha) -> wrappers. That
+# of LoRA+ is in the rates of its optimizer.
+VARIANTS = {
+    "lora": lambda m, t, r, a: core.inject_lora(m, rank=r, alpha=a, targets=t),
+    "rsLoRA": lambda m, t, r, a: core.inject_lora(
+        m, rank=r, alpha=variants.rslora_alpha(r, a), targets=t
+    ),
+    "LoRA+": lambda m, t, r, a: core.inject_lora(m, rank=r, alpha=a, targets=t),
+    "PiSSA": lambda m, *s: variants.inject(m, variants.PiSSALinear, *s),
+    "DoRA": lambda m, *s: variants.inject(m, variants.DoRALinear, *s),
+    "LoRA-FA": lambda m, *s: variants.inject(m, variants.LoRAFALinear, *s),
+    "VeRA": lambda m, t, r, a: variants.inject_vera(m, t, r, torch.initial_seed()),
 }
 KS = (1, 2, 4, 8, 16, 32, 64, 384)  # directions of a change that a row tells about
 
@@ -67,8 +81,8 @@ def prepare(model, settings):
         torch.manual_seed(settings["seed"] + 1000 * settings["start"])
         rank = settings["rank"]
         alpha = settings["scale"] * rank
-        targets = settings["targets"]
-        wrappers = core.inject_lora(model, rank=rank, alpha=alpha, targets=targets)
+        inject = VARIANTS[settings["variant"]]
+        wrappers = inject(model, settings["targets"], rank, alpha)
         if settings["init"] == "kaiming":
             for wrapper in wrappers:
                 nn.init.kaiming_uniform_(wrapper.A, a=math.sqrt(5))
@@ -158,8 +172,17 @@ def make_run(**settings):
     losses, start = [], time.process_time()
     if settings["method"] != "none":
         steps, lr, decay = (settings[name] for name in ("steps", "lr", "decay"))
+        plus = settings["variant"] == "LoRA+"
+        groups = variants.loraplus_groups(model, lr) if plus else None
         losses = search.fine_tune(
-            model, tokenizer, train, steps, lr, seed=seed, weight_decay=decay
+            model,
+            tokenizer,
+            train,
+            steps,
+            lr,
+            seed=seed,
+            weight_decay=decay,
+            groups=groups,
         )
     seconds = (time.process_time() - start) / max(1, len(losses))
     row = settings | {"versions": versions(), "device": model.device.type}

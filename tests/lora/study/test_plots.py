@@ -172,6 +172,24 @@ def test_the_diagram_has_the_parts_of_a_layer_in_their_colours():
     plt.close(figure)
 
 
+@pytest.mark.parametrize(
+    ("frozen", "vectors", "expected"),
+    [
+        ("", "", [plots.FROZEN, plots.A, plots.B]),
+        ("A", "", [plots.FROZEN, plots.FROZEN, plots.B]),
+        ("AB", "bd", [plots.FROZEN] * 3 + [plots.ORANGE] * 2),
+    ],
+)
+def test_a_variant_shows_what_trains_in_colour(axes, frozen, vectors, expected):
+    plots.variant(axes, "name", "formula", frozen, vectors)
+    colours = [
+        matplotlib.colors.to_hex(p.get_facecolor()).upper() for p in axes.patches
+    ]
+    assert colours == expected
+    assert {"W", "A", "B", "formula"} <= {t.get_text() for t in axes.texts}
+    assert axes.get_title() == "name"
+
+
 def test_dots_stand_in_their_rows_with_their_intervals(axes):
     groups = {"one": [(1, 0.5, 2), (3, 2, 4)], "two": [(5, 4, 6), (7, 6, 8)]}
     plots.dots(axes, groups, ["first", "second"])

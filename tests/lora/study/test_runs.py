@@ -138,6 +138,23 @@ def test_a_run_and_its_row(small):
     assert other["ranks"] != row["ranks"]
 
 
+# What a layer of width 8 trains at rank 2; VeRA's vectors are of lengths 2 and 8.
+TRAINS = {"lora": 32, "rsLoRA": 32, "LoRA+": 32, "PiSSA": 32, "LoRA-FA": 16}
+TRAINS |= {"DoRA": 32 + 8, "VeRA": 2 + 8}
+
+
+@pytest.mark.parametrize("variant", runs.VARIANTS)
+def test_a_variant_is_another_way_from_the_same_start(small, variant):
+    settings = {"rank": 2, "steps": 4, "lr": 0.05, "seed": 3}
+    plain = runs.make_run(**settings)[2]["losses"]
+    _, model, row = runs.make_run(**settings, variant=variant)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == 6 * TRAINS[variant]
+    assert row["variant"] == variant
+    assert row["losses"][0] == pytest.approx(plain[0], abs=2e-3)
+    assert (row["losses"] == plain) == (variant == "lora")
+
+
 def test_a_run_without_training_is_the_base(small):
     _, model, row = runs.make_run(method="none")
     assert row["losses"] == [] and row["step_time"] >= 0
