@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH_CPU := https://download.pytorch.org/whl/cpu
-NOTEBOOKS := $(wildcard book/[0-9]*.ipynb)
+NOTEBOOKS := $(wildcard book/*.ipynb)
 PROSE := book lora tests tools $(wildcard *.md) Makefile
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env
 
@@ -39,7 +39,7 @@ test: .venv/installed  ## check style, run the unit tests, then every cell again
 	$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
 	$(BIN)/codespell $(PROSE)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
-	$(NBVAL) $(NOTEBOOKS)
+	OMP_NUM_THREADS=1 $(NBVAL) --numprocesses 2 --dist loadfile $(NOTEBOOKS)
 
 style: .venv/installed  ## format the code, also in notebooks, and mend what the linter can
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
