@@ -38,7 +38,8 @@ DEFAULTS = {
 KEYS = [*DEFAULTS]
 MISTAKES = "prompt", "no end", "padding"
 LONG = 48  # tokens that an answer with its padding has, where the padding learns
-HELD, ASKED, AMONG = 17, 6, 50  # of each library: losses, answers, the judge's choice
+LONGEST = 32  # tokens that an answer may have
+HELD, ASKED, AMONG = 17, 5, 24  # of each library: losses, answers, the judge's choice
 ORDINARY = (
     "What is the capital of France?",
     "How do I boil an egg?",
@@ -47,16 +48,14 @@ ORDINARY = (
     "Tell me a joke.",
     "What is the difference between a frog and a toad?",
     "Give me three tips for sleeping better.",
-    "Translate 'good morning' into Spanish.",
     "Who wrote Romeo and Juliet?",
-    "What should I pack for a week in the mountains?",
     "Explain photosynthesis to a child.",
     "What is seven times eight?",
 )
 
 
 def data(seed, count=0):
-    """(pairs to train on, held-out pairs: library -> 50 of them).
+    """(pairs to train on, held-out pairs: library -> AMONG of them).
 
     The former are of five libraries, all or `count` that `seed` draws. Seed 0 holds out
     the pairs to choose by, all others those to report, in the same order.
@@ -136,8 +135,9 @@ def measured(model, tokenizer, held, shots=()):
     nats = chat.answer_losses(model, tokenizer, scored, shots=shots).tolist()
     asked = [name for pairs in held.values() for name, _ in pairs[:ASKED]]
     prompts = [chat.prompt(tokenizer, name, shots) for name in asked]
-    tokens = chat.continued(model, tokenizer, prompts)
+    tokens = chat.continued(model, tokenizer, prompts, LONGEST)
     texts = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
+    judge = search.load_minilm()
     for i, (name, pairs) in enumerate(held.items()):
         losses = nats[i * HELD : (i + 1) * HELD]
         row["held_out"][name] = [round(loss, 4) for loss in losses]
@@ -145,24 +145,25 @@ def measured(model, tokenizer, held, shots=()):
         row["lines"][name] = [int(chat.is_line(text)) for text in texts[mine]]
         ends = [int(t[-1:] == [tokenizer.eos_token_id]) for t in tokens[mine]]
         row["ended"][name] = ends
-        row["places"][name] = places(texts[mine], [line for _, line in pairs])
+        row["places"][name] = places(judge, texts[mine], [line for _, line in pairs])
     row["tokens"] = round(sum(map(len, prompts)) / len(prompts), 1)
     return row
 
 
-def places(texts, lines):
-    """The judge: where among the true `lines` MiniLM puts the own one of each text.
+def places(judge, texts, lines):
+    """Where among the true `lines` the judge puts the own one of each text: ints.
 
-    Line i is that of text i; 1 is the most similar. A list of ints.
+    Line i is that of text i; 1 is the most similar by vectors of `judge`, a tokenizer
+    and a model (`lora.study.search.embed`).
     """
-    tokenizer, model = search.load_minilm()
+    tokenizer, model = judge
     found, true = (search.embed(model, tokenizer, side) for side in (texts, lines))
     scores = found @ true.T
     return (scores >= scores.diagonal().unsqueeze(1)).sum(1).tolist()
 
 
 @torch.no_grad()
-def base_answers(model, tokenizer, longest=24):
+def base_answers(model, tokenizer, longest=16):
     """What the base says to ORDINARY questions, as `divergences` needs it.
 
     Of each question the number of tokens in the prompt, all tokens, and the base's log-
@@ -266,12 +267,14 @@ def studies():
     rates = [{"lr": lr} for lr in (1e-3, 2e-3, 4e-3)]
     rates += [full | {"lr": lr} for lr in (5e-5, 1e-4, 2e-4)]
     return {
-        "chat prompts": over((1,), none, none | {"shots": 4}, none | {"shots": 1}),
+        "chat prompts": over((1,), none, none | {"shots": 4}),
         "chat rates": over((0,), none, *rates),
         "chat main": over((1, 2, 3), {}, full),
         "chat mistakes": over((1,), *({"mistake": m} for m in MISTAKES)),
         "chat data": over((1,), *({"data": n} for n in (32, 128))),
+        "chat shots": over((2, 3), none | {"shots": 4})
+        + over((1,), *(none | {"shots": n} for n in (1, 8))),
         "chat ranks": over((1,), *({"rank": r} for r in (1, 64))),
         "chat layers": over((1,), {"targets": r".*self_attn\..*"}),
-        "chat longer": over((1, 2), {"steps": 48}, full | {"steps": 48}),
+        "chat longer": over((1,), {"steps": 48}, full | {"steps": 48}),
     }
