@@ -130,10 +130,13 @@ def commit():
 
 
 def results(jobs):
-    """The rows of each job as soon as they are made, with a line that says so."""
+    """The rows of each job as soon as they are made, with a line that says so.
+
+    A process makes a few: to read the libraries takes as long as a short run.
+    """
     workers = int(os.environ.get("WORKERS", "2"))
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=8) as pool:
         futures = [pool.submit(one, job) for job in jobs]
         for n, future in enumerate(as_completed(futures), 1):
             (study, settings), rows, seconds = future.result()

@@ -26,20 +26,21 @@ ALL = r"model\.layers\..*_proj"
 DEFAULTS = {
     "method": "lora",  # or "full", or "none"
     "rank": 8,
-    "lr": 2e-3,
+    "lr": 1e-3,
     "steps": 24,
     "batch": 8,
     "data": 0,  # how many of the pairs are trained on; 0: all
     "targets": ALL,
     "mistake": "",  # or one of MISTAKES
     "shots": 0,  # examples in the prompt
-    "seed": 1,  # 0 serves to choose, others report
+    "seed": 1,
 }
 KEYS = [*DEFAULTS]
-MISTAKES = "prompt", "no end", "padding"
-LONG = 48  # tokens that an answer with its padding has, where the padding learns
+MISTAKES = "no end", "prompt", "padding"
+LONG = 32  # tokens that an answer with its padding has, where the padding learns
 LONGEST = 32  # tokens that an answer may have
 HELD, ASKED, AMONG = 17, 5, 24  # of each library: losses, answers, the judge's choice
+CHOOSE = 7  # of the losses: by the first rates are chosen, the others are reported
 ORDINARY = (
     "What is the capital of France?",
     "How do I boil an egg?",
@@ -57,15 +58,13 @@ ORDINARY = (
 def data(seed, count=0):
     """(pairs to train on, held-out pairs: library -> AMONG of them).
 
-    The former are of five libraries, all or `count` that `seed` draws. Seed 0 holds out
-    the pairs to choose by, all others those to report, in the same order.
+    The former are of five libraries, all or `count` that `seed` draws.
     """
     parts = {name: split(chat.chat_pairs(name), seed=1) for name in LIBRARIES}
     train = [pair for name in TRAINED for pair in parts[name][0]]
     if count:
         train = random.Random(seed).sample(train, count)
-    which = 2 if seed else 1
-    return train, {name: part[which][:AMONG] for name, part in parts.items()}
+    return train, {name: part[2][:AMONG] for name, part in parts.items()}
 
 
 def mistaken(mistake, tokenizer, function, line):
@@ -201,27 +200,29 @@ def recorded(study):
     return read_rows(DATA, DEFAULTS, study)
 
 
-def by_function(rows, what="held_out", libraries=LIBRARIES):
+def by_function(rows, what="held_out", libraries=LIBRARIES, choose=False):
     """One value for each function, the mean over the rows, a Series.
 
-    `rows` is a DataFrame or a list of rows; its index says the library, the place in
-    it, and whether the function is one to choose by.
+    `rows` is a DataFrame or a list of rows. Of losses ("held_out") those that serve to
+    `choose`, or those that are reported; of answers all.
     """
     rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
     values = [
-        (name, i, row["seed"] == 0, value)
+        (name, i, value)
         for row in rows
         for name in libraries
         for i, value in enumerate(row[what][name])
+        if what != "held_out" or (i < CHOOSE) == choose
     ]
-    table = pd.DataFrame(values, columns=["library", "place", "chooses", what])
-    return table.groupby(["library", "place", "chooses"])[what].mean()
+    table = pd.DataFrame(values, columns=["library", "place", what])
+    return table.groupby(["library", "place"])[what].mean()
 
 
 def compared(first, second, libraries=LIBRARIES):
     """By how many nats a token `first` finds the true lines more likely than `second`.
 
-    (mean, low, high) over functions, each counted once however many seeds asked it.
+    (mean, low, high) over the functions that are reported, each counted once however
+    many seeds asked it.
     """
     gain = by_function(second, libraries=libraries)
     return interval(gain - by_function(first, libraries=libraries))
@@ -234,7 +235,7 @@ def is_ahead(first, second, libraries=LIBRARIES):
 
 
 def points(row):
-    """The mean loss over all functions that a row reports, in nats a token."""
+    """The mean loss over the functions that are reported, in nats a token."""
     return by_function([row]).mean()
 
 
@@ -262,19 +263,19 @@ def make_rows(settings):
 
 
 def studies():
-    """Study -> the settings of its runs. Seed 0 serves to choose, others report."""
+    """Study -> the settings of its runs."""
     none, full = {"method": "none"}, {"method": "full", "lr": 1e-4}
-    rates = [{"lr": lr} for lr in (1e-3, 2e-3, 4e-3)]
-    rates += [full | {"lr": lr} for lr in (5e-5, 1e-4, 2e-4)]
+    rates = [{"lr": 2e-3}, full | {"lr": 2e-4}, {"lr": 5e-4}, full | {"lr": 5e-5}]
     return {
         "chat prompts": over((1,), none, none | {"shots": 4}),
-        "chat rates": over((0,), none, *rates),
-        "chat main": over((1, 2, 3), {}, full),
+        "chat main": over((1,), {}, full),
         "chat mistakes": over((1,), *({"mistake": m} for m in MISTAKES)),
+        "chat rates": over((1,), *rates),
         "chat data": over((1,), *({"data": n} for n in (32, 128))),
-        "chat shots": over((2, 3), none | {"shots": 4})
-        + over((1,), *(none | {"shots": n} for n in (1, 8))),
-        "chat ranks": over((1,), *({"rank": r} for r in (1, 64))),
+        "chat seeds": over((2, 3), {}, full),
+        "chat shots": over((1,), *(none | {"shots": n} for n in (1, 8))),
+        "chat draws": over((2, 3), none | {"shots": 4}),
         "chat layers": over((1,), {"targets": r".*self_attn\..*"}),
+        "chat ranks": over((1,), *({"rank": r} for r in (1, 64))),
         "chat longer": over((1,), {"steps": 48}, full | {"steps": 48}),
     }

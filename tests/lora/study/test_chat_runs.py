@@ -1,7 +1,6 @@
 """`lora.study.chat_runs`: runs of two narrow blocks, losses and divergences by hand."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -68,10 +67,9 @@ def test_data_of_a_seed(small):
     assert not any("sympy" in f or "networkx" in f for f, _ in train)
     assert list(held) == list(LIBRARIES)
     for name, pairs in held.items():
-        _, choose, report = split(chat.chat_pairs(name), seed=1)
+        report = split(chat.chat_pairs(name), seed=1)[2]
         assert pairs == report[:24] and len(pairs) == 24
-        assert chat_runs.data(0)[1][name] == choose[:24]
-        assert not {*pairs} & {*train} and not {*choose} & {*train}
+        assert not {*pairs} & {*train}
     assert chat_runs.data(2) == (train, held), "any two seeds ask the same functions"
     some = [chat_runs.data(seed, 7)[0] for seed in (1, 1, 2)]
     assert some[0] == some[1] != some[2]
@@ -192,7 +190,7 @@ def row_of(seed, *nats):
 
 
 def test_rows_are_compared_by_function(monkeypatch):
-    monkeypatch.setattr(chat_runs, "LIBRARIES", ("numpy", "sympy"))
+    monkeypatch.setattr(chat_runs, "CHOOSE", 0)
     first = [row_of(1, 1.0, 2.0, 3.0), row_of(2, 2.0, 2.0, 5.0)]
     second = [row_of(1, 4.0, 3.0, 4.5)]
     both = ("numpy", "sympy")
@@ -203,19 +201,19 @@ def test_rows_are_compared_by_function(monkeypatch):
     verdict = chat_runs.is_ahead(first, second, both)
     assert not verdict.stands and verdict.mean == pytest.approx(4 / 3)
     assert chat_runs.is_ahead(first, [row_of(1, 4.0, 4.1, 6.3)], both).stands
-    chosen = chat_runs.compared(first, [row_of(0, 4.0, 3.0, 4.5)], both)
-    assert math.isnan(chosen[1]), "other functions"
     rows = [{"seed": 1, "places": {"numpy": [1, 4]}, "lines": {"numpy": [1, 0]}}]
+    monkeypatch.setattr(chat_runs, "CHOOSE", 1)
     assert chat_runs.by_function(rows, "lines", ["numpy"]).mean() == 0.5
+    assert chat_runs.by_function(first, libraries=["numpy"]).tolist() == [2]
+    chooses = chat_runs.by_function(first, libraries=["numpy"], choose=True)
+    assert chooses.tolist() == [1.5]
 
 
 # --- What is planned ---
 
 
-def test_no_run_is_planned_twice_and_seed_0_only_chooses():
-    for study, entries in chat_runs.studies().items():
-        rows = [json.dumps(r) for e in entries for r in chat_runs.planned(e)]
-        assert len(rows) == len({*rows}), study
-        for settings in entries:
-            assert settings.keys() <= chat_runs.DEFAULTS.keys()
-            assert (settings["seed"] == 0) == (study == "chat rates")
+def test_no_run_is_planned_twice():
+    rows = [settings for runs in chat_runs.studies().values() for settings in runs]
+    planned = [json.dumps(chat_runs.planned(settings)) for settings in rows]
+    assert len(planned) == len({*planned})
+    assert all(settings.keys() <= chat_runs.DEFAULTS.keys() for settings in rows)
