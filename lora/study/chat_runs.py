@@ -265,13 +265,15 @@ def make_rows(settings):
 def studies():
     """Study -> the settings of its runs."""
     none, full = {"method": "none"}, {"method": "full", "lr": 1e-4}
-    rates = [{"lr": 2e-3}, full | {"lr": 2e-4}, {"lr": 5e-4}, full | {"lr": 5e-5}]
+    slow, fast = (({"lr": 1e-3 * k}, full | {"lr": 1e-4 * k}) for k in (0.5, 2))
     return {
         "chat prompts": over((1,), none, none | {"shots": 4}),
         "chat main": over((1,), {}, full),
-        "chat mistakes": over((1,), *({"mistake": m} for m in MISTAKES)),
-        "chat rates": over((1,), *rates),
-        "chat data": over((1,), *({"data": n} for n in (32, 128))),
+        "chat endless": over((1,), {"mistake": "no end"}),
+        "chat rates": over((1,), *fast),
+        "chat data": over((1,), {"data": 32}),
+        "chat mistakes": over((1,), {"mistake": "prompt"}, {"mistake": "padding"}),
+        "chat slow": over((1,), *slow),
         "chat seeds": over((2, 3), {}, full),
         "chat shots": over((1,), *(none | {"shots": n} for n in (1, 8))),
         "chat draws": over((2, 3), none | {"shots": 4}),
