@@ -194,10 +194,12 @@ def planned():
     return experiments.selected()
 
 
-def test_the_weekly_job_makes_all_studies_again():
+def test_the_weekly_job_makes_all_recorded_studies_again():
     workflow = yaml.safe_load((ROOT / ".github/workflows/weekly.yml").read_text())
     matrix = workflow["jobs"]["experiments"]["strategy"]["matrix"]["study"]
-    assert matrix == list(dict.fromkeys(study for study, _ in planned()))
+    missing = {study for study, _ in experiments.missing(planned())}
+    studies = list(dict.fromkeys(study for study, _ in planned()))
+    assert matrix == [study for study in studies if study not in missing]
 
 
 @pytest.fixture(scope="module")
