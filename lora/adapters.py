@@ -1,15 +1,13 @@
 """One frozen base, many adapters: add, set, route, sum, merge, save and load them.
 
-The serving half of LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1: the tasks share
-the base, switching is an exchange of B A). Each adapter i of a layer is an update of
-its own rank:
+The tasks share the base, switching is an exchange of B A (Hu et al. 2021,
+arXiv:2106.09685, section 4.1). Each adapter i of a layer has a rank of its own:
 
     y = W x + b + s_i B_i A_i x        A_i: (r_i, d_in)    B_i: (d_out, r_i)
 
-i is the adapter that is set, or belongs to the row of the batch that x stands in; with
-none the layer is the base. The names are PEFT's where it has one. `model` is the root
-of the model throughout, layers are called by their qualified names in the base model.
-Bad arguments raise before anything changes. Chapter 5 of the book builds this file.
+The names are PEFT's where it has one. `model` is the root of the model throughout,
+layers are called by their names in the base model. Bad arguments raise before anything
+changes. Chapter 5 of the book builds this file.
 """
 
 from contextlib import contextmanager
@@ -53,8 +51,8 @@ def context_of(shared, contexts):
 def context_here(shared):
     """The context that the model is inside of in this thread or task, or None.
 
-    Raises ValueError in a backward pass that computes a layer again in a thread of its
-    own, as on a GPU, while any context lasts: which it belongs to cannot be known.
+    A backward pass that computes a layer again may do so in a thread of its own, as on
+    a GPU: to which context it belongs cannot be known, so that is refused.
     """
     if not EVERYWHERE:  # a compiler need not look further
         return None
@@ -71,8 +69,7 @@ def context_here(shared):
 class Adapters(nn.Module):
     """A frozen base, and named updates beside it.
 
-    Maps x of shape (..., d_in) to (..., d_out), in the dtype of the base's output.
-    Which update acts the layer reads from `shared`.
+    Maps x (..., d_in) to (..., d_out). Which update acts it reads from `shared`.
     """
 
     def __init__(self, base, shared):
@@ -109,10 +106,7 @@ class Adapters(nn.Module):
         return torch.baddbmm(rows, thin, B[index].mT).view(y.shape).to(y.dtype)
 
     def stacked(self, names):
-        """A (k, r, d_in) and s B (k, d_out, r) of k names; r is the largest rank.
-
-        Filled up with zeros, also for a name that this layer has no update of.
-        """
+        """A (k, r, d_in) and s B (k, d_out, r) of k names, filled up with zeros."""
         updates = {n: self.adapters[n] for n in names if n in self.adapters}
         first = next(iter(updates.values()))
         rank = max(update.rank for update in updates.values())
@@ -127,11 +121,7 @@ class Adapters(nn.Module):
 
     @property
     def weight(self):
-        """W with the update that is set, computed if its numbers are used.
-
-        As attention does. Inside of `route`, where there is no one weight, that raises
-        ValueError.
-        """
+        """W with the update that is set, computed if its numbers are used."""
         return bases.lazily(self.changed, self.base)
 
     def changed(self, W):
@@ -150,10 +140,7 @@ WRAPPERS = Adapters, LoRALinear
 
 
 def parts_of(model):
-    """The layers that hold adapters, name -> layer, and what they share.
-
-    Raises ValueError if parts of `model` were given adapters one by one.
-    """
+    """The layers that hold adapters, name -> layer, and what they share."""
     layers = bases.find(model, Adapters)
     shared = {id(layer.shared): layer.shared for layer in layers.values()}
     if len(shared) > 1:
@@ -170,8 +157,8 @@ def names_of(layers):
 def known(model, what, *names, alone=True):
     """`parts_of` a model that has adapters of these names, and where one can do `what`.
 
-    Raises ValueError for an unknown name, and, unless `what` is None, while an adapter
-    is merged or inside of a context: where one must be `alone`, of any thread's.
+    Nothing can be done while an adapter is merged, or inside of a context: of any
+    thread's, where one must be `alone`.
     """
     layers, shared = parts_of(model)
     there = names_of(layers)
@@ -255,6 +242,7 @@ def add_adapter(
     checks.check_settings(rank, alpha)
     chosen = bases.choose(model, targets, exclude, wrapper=WRAPPERS)
     check_not_injected(model, chosen)
+    bases.check_rows(chosen)
     ranks = by_pattern("rank_pattern", rank_pattern, chosen, rank)
     alphas = by_pattern("alpha_pattern", alpha_pattern, chosen, alpha)
     for setting in zip(ranks.values(), alphas.values()):
@@ -282,9 +270,8 @@ def by_pattern(name, patterns, places, default):
 def set_adapter(model, name):
     """Use one adapter for all rows from now on, in all threads; None is the base.
 
-    It alone trains: its A and B require a gradient, those of the others do not, and
-    what gradients they had are dropped, so that no optimizer moves them. Which one is
-    set is no part of the model's state, as train() and eval() are not.
+    It alone trains, and the gradients of the others are dropped. Which one is set is no
+    part of the model's state, as train() and eval() are not.
     """
     layers, shared = known(model, "set an adapter", *[name] * (name is not None))
     bases.check_not_parallel(model)
@@ -317,11 +304,10 @@ def disable_adapters(model):
 def route(model, names):
     """A context in which row i of each batch uses adapter `names[i]`, None the base.
 
-    Rows are the first dimension of what each layer is given; another number of them
-    raises ValueError. Whether they are *these* rows it cannot know: a layer that is
-    given some of the tokens, as an expert is, may get as many by chance. It acts in
-    this thread or task alone. A backward pass that computes activations again
-    (checkpointing) belongs inside, too, on a GPU without threads of its own.
+    Rows are the first dimension of what each layer is given. Whether they are *these*
+    rows it cannot know: a layer that is given some of the tokens, as an expert is, may
+    get as many by chance. It acts in this thread or task alone. A backward pass that
+    computes activations again (checkpointing) belongs inside, too.
     """
     kinds = list(dict.fromkeys(names))
     adapters = [name for name in kinds if name is not None]
@@ -348,10 +334,9 @@ def delete_adapter(model, name):
 def combine(model, weights, name):
     """Add an adapter whose update is the weighted sum of others', exactly.
 
-    `weights` is a dictionary, adapter -> finite number. In each layer the factors are
-    stacked, B = [w₁s₁B₁, w₂s₂B₂, ...] and A = [A₁; A₂; ...], so the ranks add up and
-    the new scale is 1. Later changes of the parts do not change the sum. It trains
-    none of them, and like any new adapter it is not set. Returns its layers' names.
+    `weights` is a dictionary, adapter -> number. In each layer the factors are stacked,
+    B = [w₁s₁B₁, w₂s₂B₂, ...] and A = [A₁; A₂; ...], so the ranks add up and the new
+    scale is 1. Later changes of the parts do not change it. Returns its layers' names.
     """
     layers, _ = known(model, "combine adapters", *weights)
     check_new_name(model, name)
@@ -375,9 +360,8 @@ def combine(model, weights, name):
 def merge_adapter(model, name):
     """Add an adapter's update to the weights of its layers, in place.
 
-    The layers then cost what the base costs. The bases are kept beside the merged ones,
-    so that `unmerge_adapter` restores them bit for bit. Until then switching and
-    routing raise ValueError.
+    The bases are kept beside the merged ones, so that `unmerge_adapter` restores them
+    bit for bit. Until then nothing is switched or routed.
     """
     layers, shared = known(model, "merge an adapter", name)
     its = {place: layer for place, layer in layers.items() if name in layer.adapters}
@@ -406,24 +390,23 @@ def unmerge_adapter(model):
 def save_adapter(model, name, folder, head=None):
     """Write one adapter into `folder`, in PEFT's format; no weight of the base.
 
-    Two files: `adapter_config.json` and `adapter_model.safetensors`. A new layer that
-    was trained beside it, a module `head`, goes into `head.safetensors`. Each file is
-    replaced in one go: a crash leaves the old one, and files of two savings are refused
-    when they are loaded.
+    A new layer that was trained beside it, a module `head`, goes into a file of its
+    own. Each file is replaced in one go: a crash leaves the old one, and files of two
+    savings are refused when they are loaded.
     """
     layers, _ = known(model, None, name)
-    its = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
-    peft_files.write_adapter(Path(folder), its, head)
+    its = {n: m for n, m in layers.items() if name in m.adapters}
+    updates = {n: m.adapters[name] for n, m in its.items()}
+    its = {n: m.base for n, m in its.items()}
+    peft_files.write_adapter(Path(folder), updates, its, head)
 
 
 def load_adapter(model, folder, name=None, head=None):
     """Add an adapter that `save_adapter` or PEFT wrote; return its name.
 
     By default it is called as the folder is. A saved head is put into the module
-    `head`, which must be given then. Names, shapes, dtypes and values are checked
-    before `model` or `head` changes. Nothing is unpickled. Raises an error for a file
-    that is cut or foreign, and ValueError for settings other than plain LoRA on linear
-    layers (`lora.peft_files.PLAIN`).
+    `head`. Nothing is unpickled. Raises an error for a file that is cut or foreign, and
+    for settings other than plain LoRA on linear layers (`lora.peft_files.PLAIN`).
     """
     folder = Path(folder)
     name = folder.resolve().name if name is None else name
@@ -436,6 +419,7 @@ def load_adapter(model, folder, name=None, head=None):
         fault.add_note(f"while an adapter was read from {folder}")
         raise
     check_not_injected(model, factors)
+    bases.check_rows({place: places[place] for place in factors})
     for place in factors:
         bases.check_base(place, places[place])
     updates = {}  # of bases: one may have several names

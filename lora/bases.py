@@ -1,7 +1,8 @@
 """Bases: which layers can be adapted, and which of a model's layers are.
 
-A base maps x to x Wᵀ + b and does no more. It is a plain `nn.Linear`, or a layer of any
-class that says itself what its weight is. Chapter 2 of the book builds this file.
+A base maps x to x Wᵀ + b and does no more. It is a plain `nn.Linear`, a layer of any
+class that says itself what its weight is, or one of a class about which `register` was
+told. Chapter 2 of the book builds this file.
 """
 
 import copy
@@ -30,7 +31,7 @@ class DenseWeight(Protocol):
         """W, of shape (out_features, in_features)."""
 
 
-KINDS = nn.Linear, DenseWeight
+REGISTERED = {}  # class -> (how W lies in its weight, the wrapper of its layers)
 # What a LazyWeight says without a computation.
 FREE = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__}
 FREE |= {
@@ -40,9 +41,59 @@ FREE |= {
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
+def register(kind, view, wrapper=None):
+    """Let layers of a class that is not ours be bases: say how W lies in their weight.
+
+    `view` is a function of the layer's `weight` that returns W, (d_out, d_in), in the
+    same memory, such as `lambda weight: weight.T`. `wrapper`: a `LoRALinear` with a
+    forward of its own, where the layer is given something other than rows of numbers.
+    """
+    REGISTERED[kind] = view, wrapper
+
+
+def kinds():
+    """The classes whose layers may be bases, as `isinstance` takes them."""
+    return nn.Linear, DenseWeight, *REGISTERED
+
+
+def known(layer):
+    """The class, registered or `nn.Linear`, that says how W lies in a layer's weight.
+
+    None for one that defines `dense_weight()`.
+    """
+    if not isinstance(layer, DenseWeight):
+        classes = (nn.Linear, *REGISTERED)
+        return next((c for c in type(layer).__mro__ if c in classes), None)
+
+
+def wrapper_of(base, default=None):
+    """What wraps a base: what was registered with its class, or the default."""
+    return REGISTERED.get(known(base), (None, None))[1] or default
+
+
+def matrix_of(base, weight):
+    """W, (d_out, d_in), as it lies in a `weight` of the form of the base's own."""
+    view, _ = REGISTERED.get(known(base), (None, None))
+    return view(weight) if view else weight
+
+
+def laid_out(base, W):
+    """The inverse of `matrix_of`: W in the form of the base's own weight."""
+    if known(base) not in REGISTERED:
+        return W
+    weight = torch.empty_like(base.weight, dtype=W.dtype, requires_grad=False)
+    matrix_of(base, weight).copy_(W)
+    return weight
+
+
 def dense_weight(base):
     """W of a base, (d_out, d_in): what `dense_weight()` returns, else its `weight`."""
     return base.dense_weight() if isinstance(base, DenseWeight) else base.weight
+
+
+def weight_of(base):
+    """W of a base, (d_out, d_in), as a view of its weight where a class registered."""
+    return matrix_of(base, dense_weight(base))
 
 
 class LazyWeight(torch.Tensor):
@@ -70,10 +121,10 @@ class LazyWeight(torch.Tensor):
 
 
 def lazily(change, base):
-    """`change`(W of a base), computed where its numbers are used."""
+    """`change`(W of a base), computed where its numbers are used, in its own form."""
     own = getattr(base, "weight", None)
-    like = own if isinstance(own, LazyWeight) else dense_weight(base)
-    return LazyWeight(like, lambda: change(dense_weight(base)))
+    like = own if isinstance(own, LazyWeight) or known(base) else dense_weight(base)
+    return LazyWeight(like, lambda: laid_out(base, change(weight_of(base))))
 
 
 def check_base(name, layer):
@@ -83,9 +134,9 @@ def check_base(name, layer):
     alone. The message calls the layer `name`.
     """
     kind, opts_in = type(layer), isinstance(layer, DenseWeight)
-    if not isinstance(layer, KINDS):
+    if not isinstance(layer, kinds()):
         fault = f"got {kind.__name__}"
-    elif not opts_in and kind.forward is not nn.Linear.forward:
+    elif not opts_in and kind.forward is not known(layer).forward:
         fault = f"got {kind.__name__}, which has a forward of its own"
     elif "forward" in vars(layer):
         fault = "but its forward was replaced"
@@ -98,13 +149,30 @@ def check_base(name, layer):
     elif not opts_in and list(layer.children()):
         fault = f"but it has submodules: {[n for n, _ in layer.named_children()]}"
     else:
-        W, shape = dense_weight(layer), (layer.out_features, layer.in_features)
-        if W.dtype in DTYPES and W.shape == shape:
+        W = weight_of(layer)
+        if known(layer) in REGISTERED:  # a copy would be adapted, and not merged
+            shape, same = "(d_out, d_in)", torch._C._is_alias_of(W, layer.weight)
+            fits = W.dim() == 2 and same
+        else:
+            shape = layer.out_features, layer.in_features
+            fits = W.shape == shape
+        if W.dtype in DTYPES and fits:
             return W
         got = f"{tuple(W.shape)} in {W.dtype}"
         fault = f"with a weight of shape {shape} in one of {DTYPES}, got {got}"
     what = "a plain nn.Linear or define dense_weight()"
     raise TypeError(f"{name} must be {what}, {fault}")
+
+
+def check_rows(places):
+    """Raise TypeError if a base, name -> base, is given no rows of numbers.
+
+    But images or indices: then what was registered wraps it, and nothing else can.
+    """
+    for place, base in places.items():
+        if wrapper := wrapper_of(base):
+            message = f"{place}: {type(base).__name__} is given no rows of numbers"
+            raise TypeError(f"{message}: inject_lora, which uses {wrapper.__name__}")
 
 
 def hooks_of(module):
@@ -130,13 +198,13 @@ def layers_of(model, kind=nn.Linear, wrapper=()):
 
     Every base, for the kind `nn.Linear`.
     """
-    kinds = KINDS if kind is nn.Linear else kind
-    layers = find(model, (wrapper, kinds))
+    wanted = kinds() if kind is nn.Linear else kind
+    layers = find(model, (wrapper, wanted))
     for name, layer in layers.items():
         while isinstance(layer, wrapper):
             layer = layer.base
         layers[name] = layer
-    return {name: layer for name, layer in layers.items() if isinstance(layer, kinds)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, wanted)}
 
 
 def check_not_parallel(model):
@@ -159,7 +227,7 @@ def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
     `model` is itself a layer, is wrapped by DistributedDataParallel, or none is left,
     TypeError if one is no base.
     """
-    if isinstance(model, KINDS):
+    if isinstance(model, kinds()):
         name = type(model).__name__
         raise ValueError(f"cannot replace the root {name}: pass what holds it")
     check_not_parallel(model)
@@ -271,8 +339,8 @@ def check_unshared(model, wrappers):
 def merge(name, base, update):
     """A new frozen linear layer: W + s B A in the dtype of W, and the base's bias.
 
-    Of the base's own class where that is an `nn.Linear`. `base` and `update`, a
-    `lora.core.LowRankUpdate`, stay as they are. Raises ValueError, which calls the
+    Of the base's own class, unless that defines `dense_weight()`. `base` and `update`,
+    a `lora.core.LowRankUpdate`, stay as they are. Raises ValueError, which calls the
     layer `name`, if the update has a hook or a forward that was put into it, which the
     new layer would not have, or if the sum overflows; and what `check_base` raises.
     """
@@ -282,7 +350,7 @@ def merge(name, base, update):
     if own:
         got = f"its wrapper has a {own[0]}"
         raise ValueError(f"cannot merge {name}: {got}, which would be lost")
-    weight = nn.Parameter(update.add_to(W).detach())
+    weight = nn.Parameter(laid_out(base, update.add_to(W).detach()))
     parts = W, update.A, update.B
     if not checks.finite(weight) and all(map(checks.finite, parts)):
         raise ValueError(f"cannot merge {name}: the sum overflows {weight.dtype}")

@@ -72,11 +72,8 @@ class LowRankUpdate(checks.Described):
 class LoRALinear(LowRankUpdate):
     """A frozen linear layer plus a trainable update of rank r (Hu et al. 2021, §4.1).
 
-    Maps x of shape (..., d_in) to x Wᵀ + b + (alpha / r) (x Aᵀ) Bᵀ, of shape (...,
-    d_out), in the dtype of the base's output. B is zero, so the wrapper starts out
-    equal to `base`, which is kept, not copied, and frozen. Raises TypeError if that is
-    no base (`lora.bases.check_base`), ValueError for a rank that is no positive integer
-    or an alpha that is not finite.
+    Maps x (..., d_in) to x Wᵀ + b + (alpha / r) (x Aᵀ) Bᵀ, (..., d_out). B is zero, so
+    the wrapper starts out equal to `base`, which is kept, not copied, and frozen.
     """
 
     def __init__(self, base: nn.Linear, rank: int = 4, alpha: float = 8.0):
@@ -94,10 +91,7 @@ class LoRALinear(LowRankUpdate):
 
     @property
     def weight(self):
-        """The adapted weight, (d_out, d_in), computed if its numbers are used.
-
-        As attention does. To write into it changes nothing; `.detach()` is a plain one.
-        """
+        """The adapted weight, (d_out, d_in), computed if its numbers are used."""
         return bases.lazily(self.add_to, self.base)
 
     bias = property(lambda self: self.base.bias)
@@ -111,20 +105,15 @@ def inject_lora(module, target_class=nn.Linear, rank=4, alpha=8.0, targets=None)
     """Wrap the linear layers inside `module`, in place; return the new wrappers.
 
     By default all bases (`lora.bases`); `target_class` restricts them to a subclass,
-    `targets` to those whose whole qualified name matches this regular expression. A
-    layer with several names gets one wrapper. One that is wrapped already is left
-    alone: a second call changes nothing, not even the rank, and returns []. One whose
-    weight another module uses, such as a tied head, is left alone with a warning.
-
-    Other parameters keep their `requires_grad`: call `freeze_all(module)` first to
-    train the adapters alone. Raises what `lora.bases.choose` and `LoRALinear` raise;
-    then nothing has changed.
+    `targets` to those whose whole qualified name matches this regular expression. One
+    that is wrapped already is left alone. Other parameters keep their `requires_grad`:
+    call `freeze_all(module)` first. If this raises, nothing has changed.
     """
     chosen = bases.choose(module, targets, kind=target_class, wrapper=LoRALinear)
     wrappers, new = {w.base: w for w in bases.find(module, LoRALinear).values()}, []
     for layer in chosen.values():
         if layer not in wrappers:
-            wrappers[layer] = LoRALinear(layer, rank, alpha)
+            wrappers[layer] = bases.wrapper_of(layer, LoRALinear)(layer, rank, alpha)
             new.append(wrappers[layer])
     for name, layer in chosen.items():
         module.set_submodule(name, wrappers[layer])
@@ -136,9 +125,8 @@ def merge_lora(module):
 
     Given a LoRALinear, returns `merged()`, a new layer. Given any other module,
     replaces each wrapper inside it by its merged layer, in place, and returns the
-    module: layer types, `state_dict` keys and parameter count are the base model's
-    again. Raises, before any change, what `lora.bases.check_unshared` and `merge`
-    raise. It cannot see what lies outside `module`: pass the whole model.
+    module. If this raises, nothing has changed. Pass the whole model: what lies outside
+    `module` it cannot see.
     """
     if isinstance(module, LoRALinear):
         return module.merged()

@@ -31,7 +31,7 @@ def normal_float(bits):
 
 
 def integers(bits):
-    """The levels of signed integers, symmetric, without the least: 2 ** bits - 1."""
+    """The levels of signed integers, symmetric: 2 ** bits - 1 from -1 to 1."""
     most = 2 ** (bits - 1) - 1
     return torch.arange(-most, most + 1, **CPU) / most
 
@@ -91,8 +91,7 @@ def in_blocks(flat, block):
 def to_codes(flat, levels, block):
     """The nearest level to each of n numbers (n,), relative to its block's largest.
 
-    Returns codes (n,), indices of the levels (at most 256) in uint8, and the scales
-    (⌈n / block⌉,) in float32.
+    Returns codes (n,), indices in uint8, and scales (⌈n / block⌉,) in float32.
     """
     blocks = in_blocks(flat, block)
     scales = blocks.abs().amax(1)
@@ -113,8 +112,7 @@ def scaled_back(values, scales, block):
 def round_trip(weight, kind="NF4", block=64):
     """`weight` as it comes back from one of `LEVELS`, in its own shape and dtype.
 
-    For comparisons: nothing is packed. "affine int4" has two constants a block, its
-    least and its largest number, the others one.
+    For comparisons: nothing is packed.
     """
     levels, flat = LEVELS[kind].to(weight.device), flat_numbers(weight)
     middle = torch.zeros_like(flat)

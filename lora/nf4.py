@@ -1,9 +1,7 @@
 """A frozen base in four bits: NF4, blocks, double quantization, a linear layer.
 
-A number is stored as the index of the nearest of sixteen levels, two indices a byte,
-and each block of numbers shares one scale, the largest absolute value in it (Dettmers
-et al. 2023, QLoRA, arXiv:2305.14314, section 3; the bytes are those of bitsandbytes).
-Chapter 6 of the book builds this file.
+Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3; the bytes are those of
+bitsandbytes. Chapter 6 of the book builds this file.
 """
 
 import torch
@@ -18,9 +16,9 @@ from lora.formats import DYNAMIC, NF4, flat_numbers, scaled_back, to_codes
 def quantize(weight, block=64):
     """Four bits for each number of `weight`: codes and scales (QLoRA, section 3).
 
-    The n numbers of a tensor of any shape are taken row by row. Returns codes, uint8
-    of shape (⌈n / 2⌉,), two a byte, the first in the upper half; and scales, float32 of
-    shape (⌈n / block⌉,). Raises ValueError for an infinity or a NaN.
+    The n numbers are taken row by row. Returns codes, uint8 (⌈n / 2⌉,), two a byte, the
+    first in the upper half; and scales, float32 (⌈n / block⌉,), the largest absolute
+    value of each block. Raises ValueError for an infinity or a NaN.
     """
     codes, scales = to_codes(flat_numbers(weight), NF4, block)
     codes = F.pad(codes, (0, len(codes) % 2), value=7).view(-1, 2)  # 7: zero
@@ -39,9 +37,8 @@ def dequantize(codes, scales, shape, block=64):
 def double_quantize(scales, block=256):
     """Eight bits for each scale of `quantize`: three tensors (QLoRA, section 3).
 
-    The mean is subtracted, blocks of `block` scales share a scale of their own. For n
-    scales returns codes, uint8 (n,); scales, float32 (⌈n / block⌉,); and the mean,
-    float32 ().
+    Their mean is subtracted. For n scales returns codes, uint8 (n,); scales of their
+    own, float32 (⌈n / block⌉,); and the mean, float32 ().
     """
     mean = scales.mean()
     codes, wide = to_codes(flat_numbers(scales - mean), DYNAMIC, block)
@@ -55,10 +52,7 @@ def double_dequantize(codes, scales, mean, block=256):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ + b for a stored W, which is dequantized anew in the backward pass.
-
-    So that no dense weight stays alive in between: what is kept is what is stored.
-    """
+    """x Wᵀ + b for a stored W, which is dequantized anew in the backward pass."""
 
     generate_vmap_rule = True
 
@@ -82,9 +76,9 @@ class FrozenProduct(torch.autograd.Function):
 class NF4Linear(checks.Described):
     """A frozen linear layer whose weight is stored in four bits (QLoRA, section 3).
 
-    Maps x (..., in_features) to x Wᵀ + b, (..., out_features), with W dequantized for
-    each call. All of `stored` is bytes, the float32 scales too, so that `.half()` and
-    `.to()` leave it as it is: they set the dtype of W, b and x, as in `nn.Linear`.
+    Maps x (..., in_features) to x Wᵀ + b, (..., out_features). All of `stored` is
+    bytes, the float32 scales too, so that `.half()` and `.to()` leave it as it is: they
+    set the dtype of W, b and x, as in `nn.Linear`.
     """
 
     settings = "in_features", "out_features", "block", "is_double"
@@ -107,7 +101,6 @@ class NF4Linear(checks.Described):
         """The quantized copy of a linear layer, which stays as it is.
 
         `block` numbers share a scale; with `double` the scales are quantized, too.
-        Raises TypeError if the layer is no base, ValueError for an infinity or a NaN.
         """
         weight = bases.check_base("linear", linear)
         return cls(weight, linear.bias, block, double).train(linear.training)
@@ -146,11 +139,8 @@ class NF4Linear(checks.Described):
 def quantize_model(model, targets=None):
     """Store the linear layers inside `model` in four bits, in place; return the new.
 
-    All of them, or those whose whole qualified name matches the regular expression
-    `targets`, by the rules of `inject_lora`. A quantized layer is left alone, and so is
-    one whose weight another module uses, with a warning. Raises ValueError if `model`
-    is itself a layer, no layer is left, or a weight is not finite; then nothing has
-    changed.
+    Which of them: see `lora.bases.choose`. A quantized layer is left alone. If this
+    raises, as for a weight that is not finite, nothing has changed.
     """
     new, chosen = {}, bases.choose(model, targets, kind=(nn.Linear, NF4Linear))
     for name, layer in chosen.items():

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from lora import checks
-from lora.bases import dense_weight, listed
+from lora.bases import known, listed, weight_of, wrapper_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -27,6 +27,7 @@ HEAD = "head.safetensors"
 # made, parts of others that are switched off.
 SAID = ["auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout"]
 SAID += ["megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"]
+SAID += ["fan_in_fan_out"]  # how W lies in the weight, which the layer's class says
 # Those that this file honours: the function, and which layers.
 FUNCTION = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"]
 LAYERS = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"]
@@ -41,18 +42,39 @@ def plain_name(name):
     return name.removeprefix("base_model.model.").removeprefix("module.")
 
 
-def write_adapter(folder, adapters, head=None):
+def layout(base, rank):
+    """Name in PEFT's files -> shape there, of A and of B beside a base.
+
+    As the wrapper says that was registered for the base, if one was.
+    """
+    if wrapper := wrapper_of(base):
+        return wrapper.layout(base, rank)
+    own = known(base)  # else W may have to be computed
+    d_out, d_in = (
+        weight_of(base).shape if own else (base.out_features, base.in_features)
+    )
+    return {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
+
+
+def is_transposed(base):
+    """Whether a base keeps W as (d_in, d_out): what PEFT calls `fan_in_fan_out`."""
+    if known(base) is None or wrapper_of(base):
+        return False
+    return weight_of(base).stride() != base.weight.stride()
+
+
+def write_adapter(folder, adapters, bases, head=None):
     """Write updates, layer's name -> update, and a module `head` into `folder`.
 
-    Raises ValueError, before anything is written, if a number is not finite, or if
-    there is the head of an earlier saving and none is given.
+    Bad numbers raise before anything is written.
     """
-    adapters = {plain_name(layer): adapter for layer, adapter in adapters.items()}
-    weights = {
-        f"base_model.model.{layer}.lora_{kind}.weight": getattr(adapter, kind)
-        for layer, adapter in adapters.items()
-        for kind in ("A", "B")
-    }
+    weights = {}
+    for layer, update in adapters.items():
+        shapes, factors = layout(bases[layer], update.rank), (update.A, update.B)
+        for (name, shape), factor in zip(shapes.items(), factors):
+            key = f"base_model.model.{plain_name(layer)}.{name}"
+            weights[key] = factor.reshape(shape)
+    adapters = {plain_name(layer): update for layer, update in adapters.items()}
     parts = {WEIGHTS: weights}
     if head is not None:
         parts[HEAD] = head.state_dict()
@@ -60,6 +82,7 @@ def write_adapter(folder, adapters, head=None):
         message = f"{folder} holds the head of an earlier saving"
         raise ValueError(f"{message}: give head=, or choose another folder")
     config = peft_config(adapters)
+    config["fan_in_fan_out"] = any(map(is_transposed, bases.values()))
     mark = {"format": "pt", "settings": mark_of(config)}
     new = {CONFIG: json.dumps(config, indent=2).encode()}
     for file, part in parts.items():
@@ -112,10 +135,7 @@ def peft_config(adapters):
 
 
 def mark_of(config):
-    """A hash of the settings that decide the function, however they are written.
-
-    It is the same in all files of one saving.
-    """
+    """A hash of the settings that decide the function: the same in one saving."""
     settings = {key: config.get(key) or None for key in FUNCTION}
     numbers = json.loads(json.dumps(settings), parse_int=float)
     text = json.dumps(numbers, sort_keys=True)
@@ -125,31 +145,31 @@ def mark_of(config):
 def read_adapter(folder, model, bases, head=None):
     """What `folder` holds, checked: layer's name -> (A, B, alpha), and a head's state.
 
-    `bases` are the layers of `model` that may have adapters, name -> base. The layers
-    are those that the settings name; where these are `None` to `selected`, those that
-    the file of weights holds, as PEFT writes no others. Raises an error if anything
-    does not fit; nothing is changed.
+    `bases` are the layers of `model` that may have adapters, name -> base. Chosen are
+    those that the settings name; where `selected` cannot say, those that the file of
+    weights holds, as PEFT writes no others.
     """
     config = read_config(folder)
     file, mark = folder / WEIGHTS, mark_of(config)
-    with safe_open(file, "pt") as stored:
-        held = set(map(plain_name, stored.keys()))
+    held = names_in(file)
     names = {plain_name(name): name for name in bases}
     wanted = selected(config, names)
     if wanted is None:
-        wanted = [n for n in names if f"{n}.lora_A.weight" in held]
+        first = {n: next(iter(layout(bases[names[n]], 1))) for n in names}
+        wanted = [n for n in names if f"{n}.{first[n]}" in held]
     if not wanted:
         message = f"{folder / CONFIG}: target_modules={config['target_modules']!r:.80}"
         raise ValueError(f"{message} names none of {listed(bases)}")
     ranks = pattern_values("rank_pattern", config, wanted, config["r"])
     alphas = pattern_values("alpha_pattern", config, wanted, config["lora_alpha"])
-    like = {}
+    like, keys = {}, {}
     for name in wanted:
         checks.check_settings(ranks[name], alphas[name])
-        W = dense_weight(bases[names[name]])
-        one = W.new_empty(1, dtype=torch.promote_types(W.dtype, torch.float32))
-        like[f"{name}.lora_A.weight"] = one.expand(ranks[name], W.shape[1])
-        like[f"{name}.lora_B.weight"] = one.expand(len(W), ranks[name])
+        base = bases[names[name]]
+        one = checks.wide(weight_of(base).new_empty(1))
+        shapes = layout(base, ranks[name])
+        keys[name] = [f"{name}.{key}" for key in shapes]
+        like |= {f"{name}.{key}": one.expand(shape) for key, shape in shapes.items()}
     own = base_weights(model, held - like.keys())
     tensors = read_tensors(file, like | own, mark, plain_name)
     for name, weight in own.items():
@@ -157,10 +177,16 @@ def read_adapter(folder, model, bases, head=None):
             raise ValueError(f"{file}: {name} is not the weight that the model has")
     found = {}
     for name in wanted:
-        A, B = (tensors[f"{name}.lora_{kind}.weight"] for kind in "AB")
+        A, B = (tensors[key].flatten(1) for key in keys[name])
         factor = math.sqrt(ranks[name]) if config.get("use_rslora") else 1
         found[names[name]] = A, B, alphas[name] * factor
     return found, read_head(folder / HEAD, head, mark)
+
+
+def names_in(file):
+    """The names of a file's tensors, as a set, without what PEFT adds."""
+    with safe_open(file, "pt") as stored:
+        return set(map(plain_name, stored.keys()))
 
 
 def base_weights(model, keys):
@@ -215,8 +241,8 @@ def selected(config, names):
 def pattern_values(key, config, names, default):
     """Layer's name -> value, by PEFT's rule: an expression matches a name's end.
 
-    Raises ValueError where two give a layer different values: PEFT sorts them when it
-    saves, and takes the first. Also for an expression that is not `quick`.
+    Two that give a layer different values are refused: PEFT sorts them when it saves,
+    and takes the first.
     """
     holders, values = {}, {}
     for name in names:
@@ -266,10 +292,9 @@ def quick(expression):
 
 
 def read_tensors(file, like, mark, rename=str):
-    """The tensors of a file, name -> tensor, if they fit those of `like`, no other.
+    """The tensors of a file, name -> tensor, as those of `like`; they must fit these.
 
-    Each is given the dtype and device of the one in `like`. `rename`: a function of a
-    tensor's name in the file.
+    `rename` is a function of a tensor's name in the file.
     """
     with safe_open(file, "pt") as stored:
         if (stored.metadata() or {}).get("settings", mark) != mark:
@@ -291,11 +316,7 @@ def read_tensors(file, like, mark, rename=str):
 
 
 def read_head(file, head, mark):
-    """The state for a module `head`, checked against it; None without one.
-
-    Raises ValueError if there is a head and no module for it: without it the answers
-    would be wrong.
-    """
+    """The state for a module `head`, checked against it; None without one."""
     if head is not None:
         return read_tensors(file, head.state_dict(), mark)
     if file.exists():

@@ -3,18 +3,14 @@
 Shapes: a weight W is (d_out, d_in), its update BA has B (d_out, r) and A (r, d_in).
 Leading batch dimensions are allowed where a function says `(..., m, n)`. Sources:
 Eckart & Young 1936 (Psychometrika 1:211-218) for `truncate`; Hu et al. 2021
-(arXiv:2106.09685, section 4) for the counts; Li et al. 2018 (arXiv:1804.08838, section
-2) for `RandomSubspace`.
+(arXiv:2106.09685, section 4) for the counts.
 """
 
 from numbers import Integral
 
 import torch
-from torch import nn
-from torch.func import functional_call
 
 from lora.checks import check_number
-from lora.core import freeze_all
 
 
 def training_bytes(
@@ -27,11 +23,9 @@ def training_bytes(
 ):
     """Bytes that training with AdamW keeps for its parameters: a dict of three entries.
 
-    `trainable` and `frozen` are numbers of parameters; the other arguments are bytes
-    for one number (4: float32, 2: bfloat16, 0.5: 4 bits). A trainable parameter costs
-    its weight, its gradient and two moments (AdamW's m and v), a frozen one its weight
-    alone: by default 16 bytes against 4. Activations are not counted. Raises ValueError
-    for what is no number of at least 0.
+    `trainable` and `frozen` are numbers of parameters, the other arguments bytes for
+    one number (4: float32, 2: bfloat16, 0.5: 4 bits). A frozen parameter costs its
+    weight alone: by default 4 bytes against 16. Activations are not counted.
     """
     # as Python's numbers: NumPy's integers would overflow
     n = {name: check_number(name, value, 0) for name, value in locals().items()}
@@ -46,9 +40,8 @@ def truncate(matrix, rank):
     """A best approximation of `matrix` (..., m, n) by one of rank `rank` or less.
 
     It keeps the `rank` largest singular values: the least Frobenius norm of the
-    difference (Eckart & Young 1936). Where the last one kept equals the next, there are
-    several best ones. Not made for backpropagation: where two singular values are
-    equal, the gradient is NaN. Raises ValueError for a negative rank.
+    difference (Eckart & Young 1936). Not made for backpropagation: where two singular
+    values are equal, the gradient is NaN.
     """
     rank = check_number("rank", rank, least=0, kind=Integral)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -70,52 +63,12 @@ def energy(matrix):
 
 
 def rank_for_energy(matrix):
-    """Smallest k such that rank k keeps 90% of the energy of `matrix` (..., m, n).
-
-    Returns an int64 tensor of shape (...).
-    """
+    """Smallest k such that rank k keeps 90% of the energy of `matrix`: int64, (...)."""
     return (energy(matrix) < 0.9).sum(-1) + 1
 
 
-class RandomSubspace(nn.Module):
-    """`model`, moved along d random directions of all its D parameters.
-
-    The parameters are theta = theta_0 + P z (Li et al. 2018, section 2). theta_0 (D,)
-    are those of `model`, which is kept, not copied, and frozen. P (D, d) is Gaussian,
-    drawn from `seed`, with columns of length one; it costs D · d numbers. z (d,) starts
-    at zero and is all that trains.
-    """
-
-    @torch.inference_mode(False)  # what is made there could not be trained
-    def __init__(self, model, dimension, seed=0):
-        super().__init__()
-        self.model = model
-        parameters = list(model.parameters())
-        total = sum(p.numel() for p in parameters)
-        plain = {"dtype": torch.float64, "device": "cpu"}  # whatever the defaults are
-        generator = torch.Generator("cpu").manual_seed(seed)
-        P = torch.randn(total, dimension, generator=generator, **plain)
-        self.register_buffer("P", (P / P.norm(dim=0)).to(parameters[0]))
-        self.z = nn.Parameter(torch.zeros_like(self.P[0]))
-        freeze_all(model)  # last: if memory runs out above, the model is as it was
-
-    def theta(self):
-        """theta_0 + P z, as a dict from parameter name to tensor."""
-        named = dict(self.model.named_parameters())
-        moves = (self.P @ self.z).split([p.numel() for p in named.values()])
-        return {
-            name: p + move.view_as(p) for (name, p), move in zip(named.items(), moves)
-        }
-
-    def forward(self, *inputs):
-        return functional_call(self.model, self.theta(), inputs)
-
-
 def lora_parameters(d_in, d_out, rank):
-    """Entries of A (rank, d_in) and B (d_out, rank) together (Hu et al. 2021, §4.1).
-
-    Raises ValueError unless all three are integers of at least 1.
-    """
+    """Entries of A (rank, d_in) and B (d_out, rank) together (Hu et al. 2021, §4.1)."""
     sizes = {"d_in": d_in, "d_out": d_out, "rank": rank}
     d_in, d_out, rank = (check_number(n, v, 1, Integral) for n, v in sizes.items())
     return rank * (d_in + d_out)

@@ -17,7 +17,7 @@ from tools.kit import bound, ledger
 from tools.kit.figures import pictures
 from tools.kit.listings import package, sync
 from tools.kit.notebooks import PLAIN
-from tools.kit.register import BOOK, ROOT, chapters, colab, notebooks
+from tools.kit.register import BOOK, ROOT, chapters, colab, executed
 from tools.kit.tolerance import drawn
 
 # Kernels inherit it: no progress bars among the outputs, nothing from the network.
@@ -99,13 +99,13 @@ def tables():
     readme = "| Chapter | You learn | Run it |\n|---|---|---|\n"
     for i, c in enumerate(chapters(), 1):
         readme += f"| [{i}. {c.title}](book/{c.path.name}) | {c.learn} "
-        readme += f"| {BADGE}({colab(c)}) |\n"
+        readme += f"| {BADGE}({colab(c.path)}) |\n"
     return {ROOT / "README.md": readme}
 
 
 def written():
     """Path -> text of each page that is written, in part, by machine."""
-    known = bound.known_values(notebooks())
+    known = bound.known_values(executed())
     pages = {path: bound.write(text, known) for path, text in bound.outside().items()}
     for path, table in tables().items():
         pages[path] = CHAPTERS.sub(lambda _, t=table: f"\n{t}\n", pages[path])
@@ -115,8 +115,8 @@ def written():
 
 
 def main(command, *names):
-    """`sync` or `run`; NAMES: chapters, else all."""
-    books = notebooks()
+    """`sync` or `run`; NAMES: notebooks, else all."""
+    books = executed()
     before = {name: json.dumps(notebook) for name, notebook in books.items()}
     for name in names or books:
         sync(books[name], package())

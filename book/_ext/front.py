@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
-import torch
 import yaml
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -27,7 +26,6 @@ from fontTools import subset
 from fontTools.ttLib import TTFont
 from PIL import Image
 
-from lora.formats import NF4, round_trip, to_codes
 from lora.study import plots
 from tools.kit import ledger, register
 from tools.kit.figures import pictures
@@ -52,7 +50,7 @@ def start():
     first = register.chapters()[0]
     return f"""<p class="start">
 <a class="button main" href="{first.path.stem}.html">Start reading</a>
-<a class="button" href="{register.colab(first)}">Run on Colab</a>
+<a class="button" href="{register.colab(first.path)}">Run on Colab</a>
 {paper(f"../{PDF.name}", "button")}
 </p>"""
 
@@ -94,30 +92,6 @@ B times a flat thin matrix A. Together A and B hold far fewer numbers than W.</t
 </figure>"""
 
 
-def nf4_play():
-    """Eight numbers, their codes in NF4 and what comes back; play.js moves them."""
-    values = torch.tensor([0.12, -0.55, 0.31, 2.0, -0.08, 0.9, -1.3, 0.02])
-    codes, _ = to_codes(values, NF4, len(values))
-    back = round_trip(values, "NF4", len(values))
-    rows = ""
-    for value, code, stored in zip(values.tolist(), codes.tolist(), back.tolist()):
-        numbers = (f"{value:.2f}", f"{code:04b}", f"{stored:.2f}")
-        cells = [f'<td class="number">{n.replace("-", "−")}</td>' for n in numbers]
-        cells.append(f'<td class="number">{stored - value:.2f}</td>'.replace("-", "−"))
-        rows += f"""<tr><td><input type="range" min="-3" max="3" step="0.01"
- value="{value:.2f}" aria-label="A number" hidden></td>{"".join(cells)}</tr>
-"""
-    error = ((values - back).norm() / values.norm()).item()
-    return f"""<div class="nf4-play" data-levels="{NF4.tolist()}">
-<div class="table-frame" role="region" tabindex="0" aria-label="Eight numbers in NF4">
-<table><thead><tr><td></td><th class="number">number</th><th class="number">code</th>
-<th class="number">comes back as</th><th class="number">off by</th></tr></thead>
-<tbody>{rows}</tbody></table></div>
-<output>Scale {values.abs().max():.2f}, the largest of the eight.
-What comes back is off by {error:.1%}.</output></div>
-<script src="../_static/play.js" defer></script>"""
-
-
 def contents():
     """The chapters by number, each with its first picture and what a reader learns."""
     items = ""
@@ -136,7 +110,7 @@ def contents():
 <a class="title" href="{name}.html"><b>{number}</b> {html.escape(chapter.title)}</a>
 <p>You learn {html.escape(chapter.learn)}.</p>
 <p class="how">{minutes(notebook)} min ·
-<a href="{register.colab(chapter)}">Colab</a> ·
+<a href="{register.colab(chapter.path)}">Colab</a> ·
 <a href="../_sources/book/{chapter.path.name}" download>notebook</a></p></li>
 """
     return f'<ol class="contents">\n{items}</ol>'
@@ -498,7 +472,6 @@ def setup(app):
         ("start", start),
         ("rank-dial", rank_dial),
         ("contents-of-the-book", contents),
-        ("nf4-play", nf4_play),
         ("verdicts", verdicts),
         ("terms", terms),
     ]:

@@ -18,9 +18,43 @@ addEventListener("afterprint", () => {
 // The theme makes what scrolls focusable when the window changes; so when a fold opens.
 document.addEventListener("toggle", () => dispatchEvent(new Event("resize")), true);
 
+// In a margin fine print is open, unless it would cover a caption there.
+addEventListener("load", () => {
+  if (!matchMedia("screen and (min-width: 1600px)").matches) return;
+  const captions = [...document.querySelectorAll("figure:not(details *) > figcaption")];
+  for (const note of document.querySelectorAll("details.note:not(details *)")) {
+    note.open = true;
+    const { top, bottom } = note.getBoundingClientRect();
+    note.open = captions.every((caption) => {
+      const box = caption.getBoundingClientRect();
+      return box.bottom < top || bottom < box.top;
+    });
+  }
+});
+
 // What the theme's HTML lacks for screen readers: the side bar is a landmark, and a
 // list has list items.
 document.getElementById("pst-primary-sidebar")?.setAttribute("role", "navigation");
 document.getElementById("pst-primary-sidebar")?.setAttribute("aria-label", "Book");
 for (const entry of document.querySelectorAll('[role="doc-biblioentry"]'))
   entry.setAttribute("role", "listitem");
+
+// A paragraph that is a link to a question of the laboratory opens it in its place.
+for (const link of document.querySelectorAll('.bd-article p > a:only-child[href*="lab.html#"]')) {
+  const line = link.parentElement;
+  if (line.textContent.trim() !== link.textContent) continue;
+  const frame = Object.assign(document.createElement("iframe"), { className: "lab-here", title: link.textContent });
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: "Open it here", ariaExpanded: "false" });
+  line.classList.add("lab-try");
+  line.append(" ", button);
+  button.addEventListener("click", () => {
+    const open = frame.isConnected;
+    if (open) frame.remove();
+    else {
+      frame.src = link.href;
+      line.after(frame);
+    }
+    button.textContent = open ? "Open it here" : "Close it";
+    button.ariaExpanded = String(!open);
+  });
+}

@@ -103,8 +103,12 @@
       const named = names.filter((name) => section.names.toLowerCase().includes(name)).length;
       return (1 + 2 * named) * share ** 2 * parts.reduce((a, b) => a + b);
     };
-    return sections.map((section) => ({ section, score: score(section) }))
-      .filter((hit) => hit.score).sort((a, b) => b.score - a.score).slice(0, 12)
+    const hits = sections.map((section) => ({ section, score: score(section) }))
+      .filter((hit) => hit.score).sort((a, b) => b.score - a.score);
+    // Questions and recipe say again what a chapter shows: one of them among the first three.
+    const again = hits.filter(({ section }) => /\/(questions|recipe)/.test(section.url)).slice(1);
+    const first = hits.filter((hit) => !again.includes(hit)).slice(0, 3);
+    return [...first, ...hits.filter((hit) => !first.includes(hit))].slice(0, 12)
       .map((hit) => ({ ...hit, words: whole }));
   };
   window.findSections = find;  // for the tests

@@ -114,16 +114,6 @@ def boundary(ax, model, x, y, shown=200):
     ax.grid(False)
 
 
-def intervals(ax, rows, color=LORA):
-    """A dot with its interval for each of `rows`, label -> (mean, low, high), down."""
-    for i, (mean, low, high) in enumerate(rows.values()):
-        ax.plot([low, high], [i, i], color=color, ls="-")
-        ax.plot(mean, i, "o", color=color)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.axvline(0, color="black", lw=1, ls="--")
-
-
 def layer():
     """Draw a LoRA layer: the frozen W above, the detour through A and B below."""
     figure, ax = plt.subplots(figsize=(4.3, 2.4))
@@ -159,6 +149,34 @@ def layer():
     ]:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "linewidth": 1.5})
     return figure
+
+
+def variant(ax, name, formula, frozen="", vectors=""):
+    """Draw a variant of LoRA, W + B A: what is in colour trains, what is grey does not.
+
+    `frozen` names those of A and B that do not train, `vectors` those that do beside
+    them: m before W, b before B, d between B and A.
+    """
+    ax.axis("off")
+    ax.set(title=name, xlim=(-0.5, 3.2), ylim=(-0.55, 1.1), aspect="equal")
+    places = {"W": (0, 0, 1, 1), "B": (1.75, 0, 0.3, 1), "A": (2.2, 0.7, 1, 0.3)}
+    places |= {
+        "m": (-0.3, 0, 0.12, 1),
+        "b": (1.5, 0, 0.12, 1),
+        "d": (2.2, 0.4, 0.3, 0.12),
+    }
+    colors = {"W": FROZEN, "A": A, "B": B} | dict.fromkeys("mbd", ORANGE)
+    for part in ("W", "A", "B", *vectors):
+        x, y, width, height = places[part]
+        color = FROZEN if part in frozen else colors[part]
+        box = plt.Rectangle((x, y), width, height, facecolor=color, edgecolor="black")
+        ax.add_patch(box)
+        if part in "WAB":
+            where, ink = (x + width / 2, y + height / 2), "black"
+            ink = "white" if color != A else "black"
+            ax.text(*where, part, ha="center", va="center", color=ink, fontsize=9)
+    ax.text(1.25, 0.5, "+", ha="center", va="center")
+    ax.text(1.35, -0.4, formula, ha="center", va="center", fontsize=9)
 
 
 def dots(ax, groups, labels):

@@ -12,12 +12,11 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from lora import bases, core, formats, nf4
+from lora import bases, core, formats, nf4, variants
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, split
@@ -47,7 +46,21 @@ DEFAULTS = {
     "double": False,  # of NF4: whether its scales are in few bits, too
     "libraries": list(TRAINED),  # whose pairs are trained on
     "start": 0,  # adapters of one seed that start from other A's
+    "variant": "lora",  # or another of VARIANTS
     "seed": 0,
+}
+# How each variant is put into a model: (model, targets, rank, alpha) -> wrappers. That
+# of LoRA+ is in the rates of its optimizer.
+VARIANTS = {
+    "lora": lambda m, t, r, a: core.inject_lora(m, rank=r, alpha=a, targets=t),
+    "rsLoRA": lambda m, t, r, a: core.inject_lora(
+        m, rank=r, alpha=variants.rslora_alpha(r, a), targets=t
+    ),
+    "LoRA+": lambda m, t, r, a: core.inject_lora(m, rank=r, alpha=a, targets=t),
+    "PiSSA": lambda m, *s: variants.inject(m, variants.PiSSALinear, *s),
+    "DoRA": lambda m, *s: variants.inject(m, variants.DoRALinear, *s),
+    "LoRA-FA": lambda m, *s: variants.inject(m, variants.LoRAFALinear, *s),
+    "VeRA": lambda m, t, r, a: variants.inject_vera(m, t, r, torch.initial_seed()),
 }
 KS = (1, 2, 4, 8, 16, 32, 64, 384)  # directions of a change that a row tells about
 KEYS = [*DEFAULTS, "cut", "merged", "composed"]  # what tells two rows of a study apart
@@ -72,8 +85,8 @@ def prepare(model, settings):
         torch.manual_seed(settings["seed"] + 1000 * settings["start"])
         rank = settings["rank"]
         alpha = settings["scale"] * rank
-        targets = settings["targets"]
-        wrappers = core.inject_lora(model, rank=rank, alpha=alpha, targets=targets)
+        inject = VARIANTS[settings["variant"]]
+        wrappers = inject(model, settings["targets"], rank, alpha)
         if settings["init"] == "kaiming":
             for wrapper in wrappers:
                 nn.init.kaiming_uniform_(wrapper.A, a=math.sqrt(5))
@@ -163,8 +176,17 @@ def make_run(**settings):
     losses, start = [], time.process_time()
     if settings["method"] != "none":
         steps, lr, decay = (settings[name] for name in ("steps", "lr", "decay"))
+        plus = settings["variant"] == "LoRA+"
+        groups = variants.loraplus_groups(model, lr) if plus else None
         losses = search.fine_tune(
-            model, tokenizer, train, steps, lr, seed=seed, weight_decay=decay
+            model,
+            tokenizer,
+            train,
+            steps,
+            lr,
+            seed=seed,
+            weight_decay=decay,
+            groups=groups,
         )
     seconds = (time.process_time() - start) / max(1, len(losses))
     row = settings | {"versions": versions(), "device": model.device.type}
@@ -206,51 +228,41 @@ def reported(seed):
     return {name: split(range(n), seed)[2] for name, n in PAIRS.items()}
 
 
-def queries(rows, libraries=LIBRARIES):
-    """One line for each query that rows report, in their order, a DataFrame.
+def scores(rows, libraries=LIBRARIES):
+    """100 / rank of each query that rows report: a Series by seed, library and pair.
 
-    `rows` is a DataFrame such as `recorded` gives, or a list of rows. "library" and
-    "pair" say which query it is (`reported`), "query" both in one label to cluster by;
-    "seed", and "score", 100 / rank.
+    `rows` is a DataFrame such as `recorded` gives, or a list of rows. A pair is told as
+    `reported` tells it. What others of the same seeds score can be subtracted.
     """
     rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
-    parts = [
-        pd.DataFrame(
-            {
-                "seed": row["seed"],
-                "library": library,
-                "pair": reported(row["seed"])[library],
-                "score": 100 / np.array(row["ranks"][library]),
-            }
-        )
+    found = [
+        (row["seed"], library, pair, 100 / rank)
         for row in rows
         for library in libraries
+        for pair, rank in zip(reported(row["seed"])[library], row["ranks"][library])
     ]
-    table = pd.concat(parts, ignore_index=True)
-    return table.assign(query=table["library"] + " " + table["pair"].astype(str))
+    table = pd.DataFrame(found, columns=["seed", "library", "pair", "score"])
+    return table.set_index(["seed", "library", "pair"])["score"]
 
 
-def differences(first, second, libraries=TRAINED):
-    """What rows score above others of the same seeds, query by query, a DataFrame.
+def intervals(points, level=0.95):
+    """(over names, over seeds): the mean of what `scores` gives, or of a difference.
 
-    As `queries`, with "points" for the difference of two scores. A seed that only one
-    side has is left out.
+    Each is (mean, low, high). Over names: had other names been asked, each counted once
+    however many seeds drew it. Over seeds: had the runs been made anew.
     """
-    on = ["seed", "library", "pair", "query"]
-    sides = (queries(rows, libraries) for rows in (first, second))
-    both = pd.merge(*sides, on=on)
-    return both.assign(points=both["score_x"] - both["score_y"])
+    names = points.index.droplevel("seed").to_flat_index()
+    by_seed = points.groupby("seed").mean()
+    return clustered(points, names, level), interval(by_seed, level)
 
 
-def compared(first, second, libraries=TRAINED):
-    """(over names, over seeds): what rows score above others of the same seeds.
+def compared(first, second, libraries=TRAINED, level=0.95):
+    """`intervals` of what rows score above others of the same seeds, in points.
 
-    Each is (mean, low, high) in points. Over names: had other names been asked, each
-    counted once however many seeds drew it. Over seeds: had the runs been made anew.
+    A seed that only one side has is left out.
     """
-    found = differences(first, second, libraries)
-    seeds = found.groupby("seed")["points"].mean()
-    return clustered(found["points"], found["query"]), interval(seeds)
+    ahead = scores(first, libraries) - scores(second, libraries)
+    return intervals(ahead.dropna(), level)
 
 
 def is_ahead(first, second, libraries=TRAINED):
@@ -299,15 +311,8 @@ def of_base(seed):
 
 
 def gains(*rows):
-    """What each query gains over the base, in points: by seed, library and pair.
-
-    A Series over all queries that the rows report. Those of other rows of the same
-    seeds can be subtracted from it.
-    """
-    keys = ["seed", "library", "pair"]
-    before = [of_base(row["seed"]) for row in rows]
-    now, then = (queries(of).set_index(keys)["score"] for of in (rows, before))
-    return now - then
+    """What each query gains over the base: a Series as `scores` gives it."""
+    return scores(rows) - scores([of_base(row["seed"]) for row in rows])
 
 
 def planned(settings):
@@ -531,6 +536,8 @@ def studies():
         for scale in (8 / r, (8 / r) ** 0.5, 1.0)
         for lr in rates["lora"]
     ]
+    # A doubled rank, alpha and rate left as they are, under PEFT's start.
+    peft = [lora | {"init": "kaiming", "rank": r, "scale": 8 / r} for r in (8, 1, 64)]
     forms = [(k, 64) for k in formats.LEVELS if k not in ("FP4", "affine int4")]
     forms += [(k, 32) for k in ("NF4", "affine int4", "int4")]
     bases = [{"method": "none", "base": k, "block": n} for k, n in forms]
@@ -556,6 +563,7 @@ def studies():
         "ranks": over(five, *(lora | {"rank": r} for r in (1, 2, 4, 16, 64))),
         "longer": over(five, lora | {"steps": 96}),
         "alpha": over((0, 6), *alpha),
+        "rule": over((0,), *peft),
         "bases": [
             *over(three, {"method": "none"}, *bases),
             *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),

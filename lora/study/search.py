@@ -157,15 +157,26 @@ def contrastive_loss(names, sentences):
     return F.cross_entropy(scores, torch.arange(len(names), device=names.device))
 
 
-def fine_tune(model, tokenizer, pairs, steps, lr, batch=32, seed=0, weight_decay=0.01):
+def fine_tune(
+    model,
+    tokenizer,
+    pairs,
+    steps,
+    lr,
+    batch=32,
+    seed=0,
+    weight_decay=0.01,
+    groups=None,
+):
     """Train what requires a gradient, in place; return the loss of each step, a list.
 
     AdamW, its rate rising to `lr` over a tenth of the steps and falling to zero, on
-    `steps` batches of `batch` (name, sentence) pairs, drawn with `seed`. The model is
-    used in the mode that it is in: `load_minilm` returns it without dropout. A bar
-    shows the progress unless the variable TQDM_DISABLE is set.
+    `steps` batches of `batch` (name, sentence) pairs, drawn with `seed`. `groups`:
+    parameters with rates of their own, as an optimizer takes them. The model is used in
+    the mode that it is in: `load_minilm` returns it without dropout. A bar shows the
+    progress unless the variable TQDM_DISABLE is set.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = groups or [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
     warm = max(1, steps // 10)
     rate = torch.optim.lr_scheduler.LambdaLR(

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from lora.core import freeze_all
+
 
 def outline(model):
     """Name -> all of a layer but the values of its tensors, to be compared."""
@@ -117,3 +119,37 @@ def accuracy(models, x, y):
     if not logits.isfinite().all():
         raise ValueError("a model's logits are not finite: did its training diverge?")
     return (logits.argmax(2) == y).double().mean(1)
+
+
+class RandomSubspace(nn.Module):
+    """`model`, moved along d random directions of all its D parameters.
+
+    The parameters are theta = theta_0 + P z (Li et al. 2018, arXiv:1804.08838, section
+    2). theta_0 (D,) are those of `model`, which is kept, not copied, and frozen. P (D,
+    d) is Gaussian, drawn from `seed`, with columns of length one. z (d,) starts at zero
+    and is all that trains.
+    """
+
+    @torch.inference_mode(False)  # what is made there could not be trained
+    def __init__(self, model, dimension, seed=0):
+        super().__init__()
+        self.model = model
+        parameters = list(model.parameters())
+        total = sum(p.numel() for p in parameters)
+        plain = {"dtype": torch.float64, "device": "cpu"}  # whatever the defaults are
+        generator = torch.Generator("cpu").manual_seed(seed)
+        P = torch.randn(total, dimension, generator=generator, **plain)
+        self.register_buffer("P", (P / P.norm(dim=0)).to(parameters[0]))
+        self.z = nn.Parameter(torch.zeros_like(self.P[0]))
+        freeze_all(model)  # last: if memory runs out above, the model is as it was
+
+    def theta(self):
+        """theta_0 + P z, as a dict from parameter name to tensor."""
+        named = dict(self.model.named_parameters())
+        moves = (self.P @ self.z).split([p.numel() for p in named.values()])
+        return {
+            name: p + move.view_as(p) for (name, p), move in zip(named.items(), moves)
+        }
+
+    def forward(self, *inputs):
+        return functional_call(self.model, self.theta(), inputs)

@@ -19,10 +19,10 @@ from tools.kit.bound import (
     texts,
     write,
 )
-from tools.kit.register import BOOK, COLAB, REPOSITORY, notebooks
+from tools.kit.register import BOOK, COLAB, REPOSITORY, executed
 from tools.kit.tolerance import differs
 
-NOTEBOOKS = notebooks()
+NOTEBOOKS = executed()
 KNOWN = known_values(NOTEBOOKS)
 
 
@@ -98,6 +98,8 @@ def test_each_figure_of_the_literature_is_used_once_defined_and_in_the_bibliogra
         ("<!-- m:.1f -->", "nothing to bind"),
         ("It is 2.0<!-- m[0] | n -->.", "must not contain"),
         ("13 of them", "'13' is not bound"),
+        ("### What fits on a 24 GB GPU?", None),
+        ("### It fits on 24 GB", "'24 GB' is not bound"),
         ("12% of them", "'12%' is not bound"),
         ("3 million", "'3 million' is not bound"),
         ("$r = 16$", "'16' is not bound"),

@@ -50,7 +50,7 @@ def test_where_to_start_is_on_the_first_screen(page, site, width):
     page.set_viewport_size({"width": width, "height": 800})
     page.goto(f"{site}{PAGES[0]}.html")
     first = f"{site}book/{CHAPTERS[0]}.html"
-    targets = {"Start reading": first, "Run on Colab": colab(chapters()[0])}
+    targets = {"Start reading": first, "Run on Colab": colab(chapters()[0].path)}
     for label, target in targets.items():
         link = page.get_by_role("link", name=label)
         box = link.bounding_box()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from functools import cache
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import torch
@@ -348,7 +349,7 @@ def test_the_base_is_chapter_3s():
 def test_the_scripts_are_small_and_all_there():
     files = {file.stem: file.stat().st_size for file in LAB.glob("*.js")}
     assert files.pop("base") < 200_000
-    assert set(files) == set(SCRIPTS) and sum(files.values()) <= 40_000
+    assert set(files) == set(SCRIPTS) and sum(files.values()) <= 42_000
     page = (ROOT / "book" / "lab.md").read_text(encoding="utf-8")
     assert re.findall(r'lab/(\w+)\.js" defer', page) == ["base", *SCRIPTS]
 
@@ -483,9 +484,32 @@ def test_dials_by_keyboard_and_the_address(visit, site, page):
 def test_both_zero_learns_nothing(visit):
     page = visit(QUICK + "&b.method=LoRA&b.lr=0.003&b.start=both+zero")
     ready(page)
+    assert page.is_disabled("#a-turn"), "before training there is nothing to dial"
     before = page.inner_text("#b-target")
     train(page)
     assert page.inner_text("#b-target") == before != page.inner_text("#a-target")
+    assert page.is_enabled("#a-turn") and page.is_disabled("#b-turn")
+
+
+def test_nothing_is_said_of_a_run_that_is_no_more(visit):
+    page = visit("?task.epochs=150&b.method=LoRA&b.start=both+random")
+    status = page.locator("#lab-status")
+    ready(page)
+    assert page.is_disabled("#a-turn") and page.is_enabled("#b-turn")
+    page.click("#lab-train")
+    assert page.is_disabled("#a-turn") and page.is_disabled("#a-undo")
+    page.locator("#a-epoch:text-matches('^[1-9]')").wait_for()
+    page.click("#lab-train")
+    status.get_by_text("Stopped. A: LoRA, rank 2, A random after ").wait_for()
+    epochs = page.inner_text("#a-epoch")
+    assert f"after {epochs} epochs: " in status.inner_text()
+    assert page.is_enabled("#a-turn") and page.is_enabled("#a-undo")
+    page.fill("#a-turn", "0.5")
+    page.locator("#a-title:text-is('A: LoRA, rank 2, A random, c = 0.5')").wait_for()
+    assert status.inner_text() == ""
+    page.fill("[name='task.angle']", "90")
+    page.locator("#a-epoch:text-is('0 of 150')").wait_for()
+    assert page.is_disabled("#a-turn") and status.inner_text() == ""
 
 
 def test_reduced_motion(visit):
@@ -505,6 +529,28 @@ def test_the_bench(visit):
     text = page.inner_text("#bench-status")
     error, bound = map(float, re.findall(r"0\.\d+", text))
     assert bound == 0.75 and bound <= error < 0.77
+
+
+@pytest.mark.parametrize("chapter", ["02-implementation", "03-experiment"])
+def test_a_chapter_opens_it_with_the_dials_set(new_context, book, chapter):
+    """From disk, too; without a script it is a link."""
+    page = new_context().new_page()
+    page.goto((book / "book" / f"{chapter}.html").as_uri())
+    links = page.locator('.bd-article p > a[href^="lab.html#"]')
+    assert links.count() >= 2 and not page.locator("iframe").count()
+    for i in range(links.count()):
+        page.locator(".lab-try button").nth(i).click()
+        frame = page.frame_locator("iframe")
+        frame.locator("#b-epoch:not(:empty)").wait_for()
+        dials = frame.locator('#lab [name^="b."]').all()
+        found = {(d.get_attribute("name"), d.input_value()) for d in dials}
+        question = links.nth(i).get_attribute("href").partition("#")[2]
+        wanted = frame.locator(f'#{question} a[href*="?"]').get_attribute("href")
+        query = parse_qsl(urlsplit(wanted).query)
+        assert query and {wish for wish in query if wish[0][0] == "b"} <= found
+        assert not frame.locator(".bd-article h1").is_visible(), "it stands alone"
+        page.locator(".lab-try button").nth(i).click()
+        assert not page.locator("iframe").count()
 
 
 @pytest.mark.parametrize("how", ["no script", "print"])

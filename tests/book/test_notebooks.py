@@ -6,16 +6,16 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools.kit.notebooks import FOLDED, faults, has
-from tools.kit.register import REPOSITORY, ROOT, notebooks
+from tools.kit.register import REPOSITORY, ROOT, executed, notebooks
 from tools.run import exports, written
 
 NOTEBOOKS = notebooks()
 each = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
-@each
+@pytest.mark.parametrize("name", executed())
 def test_no_fault(name):
-    found = list(faults(NOTEBOOKS[name]))
+    found = list(faults(executed()[name]))
     assert not found, f"{name}:\n" + "\n".join(found)
 
 

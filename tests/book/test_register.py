@@ -1,6 +1,7 @@
 """A chapter is added in one place: `_toc.yml`, and its notebook's own metadata."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,17 @@ def faults(names, tested, owned, shown):
             yield f"lora/{file}.py is built by no chapter and shown in none"
 
 
+def test_mutants_that_nothing_kills_are_of_lines_that_exist():
+    listed = (ROOT / "tools/equivalent-mutants.md").read_text()
+    code = {f"lora.{name}.": file.read_text() for name, file in sources().items()}
+    diffs = re.findall(r"@@ (\S+) @@\n-(.*)", listed)
+    assert diffs
+    for place, line in diffs:
+        (module,) = (name for name in code if place.startswith(name))
+        lines = [known.strip() for known in code[module].splitlines()]
+        assert line.strip() in lines, f"{place}: {line.strip()}"
+
+
 def test_every_module_has_tests_and_a_chapter():
     tests = ROOT / "tests" / "lora"
     files = [f.relative_to(tests).with_suffix("") for f in tests.rglob("test_*.py")]
@@ -43,6 +55,7 @@ def test_every_module_has_tests_and_a_chapter():
     shown = {name: listed & known.keys() for name, known in package().items()}
     shown["study.plots"] = {"use_book_style"}  # how figures look: called, not shown
     shown["checks"] = {"check_settings"}  # what no reader need write: linked
+    shown["memory"] = {"training_memory"}  # as a calculator, tried in recipe-run
     assert not list(faults(sources(), tested, owned, shown))
     (orphan,) = faults(["new"], {"new"}, owned, {"new": set()})
     assert "shown in none" in orphan

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BertConfig, BertModel
 
 from lora import LoRALinear, count_total, freeze_all, inject_lora, merge_lora
 from lora.adapters import (
@@ -29,7 +28,8 @@ from lora.adapters import (
 )
 from lora.formats import LEVELS, round_trip
 from lora.nf4 import NF4Linear, quantize_model
-from lora.rank import RandomSubspace
+from lora.study.training import RandomSubspace
+from tests.lora.models import small
 
 DEVICE = os.environ.get("LORA_DEVICE", "lazy")
 REAL = DEVICE != "lazy"
@@ -57,16 +57,8 @@ def numbers(*shape, dtype=torch.float32):
 
 
 def bert():
-    """MiniLM's architecture, small: two blocks of width 64."""
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=96,
-    )
     with torch.device(DEVICE):
-        return BertModel(config, add_pooling_layer=False).eval()
+        return small()
 
 
 def out(model):
@@ -134,7 +126,7 @@ def test_adapters_added_set_routed_combined_and_merged():
         assert len(step(model)) == 6  # b of two layers, a of one
     combine(model, {"a": 0.5, "b": -1}, "c")
     merge_adapter(model, "c")
-    assert all_there(model) and out(model).shape == (3, 5, 64)
+    assert all_there(model) and out(model).shape == (3, 5, 16)
     unmerge_adapter(model)
     delete_adapter(model, "a")
     set_adapter(model, "c")

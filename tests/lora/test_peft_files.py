@@ -227,7 +227,7 @@ NONE = "names none of encoder"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fan_in_fan_out": True}, f"fan_in_fan_out must be off {PLAIN} True$"),
+        ({"use_bdlora": True}, f"use_bdlora must be off {PLAIN} True$"),
         ({"peft_type": "IA3"}, rf"peft_type must be \['LORA'\] {PLAIN} 'IA3'$"),
         ({"peft_type": ...}, rf"peft_type must be \['LORA'\] {PLAIN} None$"),
         ({"use_qalora": True}, f"use_qalora must be off {PLAIN}"),

@@ -2,7 +2,7 @@
 
 1. Torch's defaults (dtype, device, mode) when the package is imported or called: the
    constants of `formats` (LEVELS, NF4, FP4, DYNAMIC); what is made at a call without a
-   tensor to go by (P of `rank.RandomSubspace`, the index of `adapters.route`, the
+   tensor to go by (P of `training.RandomSubspace`, the index of `adapters.route`, the
    rotation, network and order of `study.moons` and `study.training`, the values of
    `study.evidence`). All else is made by `new_…` or `…_like` of a given tensor.
 2. A folder that does not determine the function: overlapping `alpha_pattern` and
@@ -68,8 +68,7 @@ from lora.adapters import (
     unmerge_adapter,
 )
 from lora.nf4 import NF4Linear, quantize_model
-from lora.rank import RandomSubspace
-from lora.study.training import train
+from lora.study.training import RandomSubspace, train
 
 
 def numbers(*shape, seed=0):
@@ -181,9 +180,11 @@ def everything(lora, folder):
     results["merged wrapper"] = core.merge_lora(model)(x)
     results["truncated"] = rank.truncate(W, 2)
     results["energy"] = rank.energy(W)
-    subspace = rank.RandomSubspace(stack("a", "b"), 5, seed=1)
+    subspace = training.RandomSubspace(stack("a", "b"), 5, seed=1)
     subspace.z.data = numbers(5)
     results |= {"P": subspace.P, "subspace": subspace(x)}
+    if torch.get_default_device().type != "cpu":
+        return results  # the study makes its data and models there
     data = moons.moons_batch([0], n=32, degrees=30.0)
     results |= {"moons": data[0], "labels": data[1]}
     models = [moons.moons_mlp(0)]

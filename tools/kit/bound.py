@@ -24,7 +24,7 @@ from tools.kit.register import BOOK, ROOT, pages
 KEY = r"<!-- (?P<key>[^\n]*?) -->"
 TOKEN = r"[+−]?\w(?:[\w.,-]*\w)?%?(?: \[[+−][\d.]+, [+−][\d.]+\])?"  # or an interval
 BOUND = re.compile(f"(?P<shown>{TOKEN})?" + KEY)
-ELSEWHERE = re.compile(r"(\d\d-[\w-]+): (.*)")
+ELSEWHERE = re.compile(r"(\d\d-[\w-]+|recipe-run): (.*)")
 LITERATURE = re.compile(r"([a-z]+\d{4}[a-z]*): (.*)")
 GENERATED = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 NUMBER = re.compile(
@@ -37,6 +37,7 @@ NAMES = r"^\d+\. |\b(Exercises?|Chapters?|Sections?|Part|Python|CC BY) [\d.]+"
 NAMES += r"|\b95% (confidence )?i"
 CODE = r"```.*?```|(?<!`)`[^`\n]+`(?!`)"
 UNREAD = CODE + r"|\]\([^)]*\)|</?\w[^>]*>|\bhttps?://\S+|^---\n.*?\n---\n"
+UNREAD += r"|^#+ [^\n]*\?$"  # a question: it asks about a number, and states none
 # Calls that compute nothing of their own: what they are given must be computed.
 TRIVIAL = {"dict", "enumerate", "float", "int", "items", "keys", "len", "list", "max"}
 TRIVIAL |= {"min", "range", "round", "set", "sorted", "str", "sum", "tuple", "values"}

@@ -1,6 +1,6 @@
 """The one register of chapters: `_toc.yml` lists the pages, a notebook says the rest.
 
-A notebook's metadata hold `book`: the modules of lora/ that it builds, a word by which
+A chapter's metadata hold `book`: the modules of lora/ that it builds, a word by which
 the site's search must find it, and what a reader learns. Other lists come from here.
 """
 
@@ -31,21 +31,28 @@ def pages():
     return [TOC["root"], *(c["file"] for part in parts for c in part["chapters"])]
 
 
+def executed():
+    """Name -> notebook of each page that is one, read anew."""
+    paths = [ROOT / f"{page}.ipynb" for page in pages()]
+    return {p.stem: nbformat.read(p, as_version=4) for p in paths if p.exists()}
+
+
 @cache
 def chapters():
-    """The chapters in order: the pages that are notebooks."""
-    paths = [ROOT / f"{page}.ipynb" for page in pages()]
+    """The chapters in order: the notebooks whose metadata say what they teach."""
     listed = []
-    for path in filter(Path.exists, paths):
-        notebook = nbformat.read(path, as_version=4)
-        title = re.match("# (.*)", notebook.cells[0].source)[1]
-        listed.append(Chapter(path, title, **notebook.metadata["book"]))
+    for name, notebook in executed().items():
+        if "book" in notebook.metadata:
+            title = re.match("# (.*)", notebook.cells[0].source)[1]
+            path = BOOK / f"{name}.ipynb"
+            listed.append(Chapter(path, title, **notebook.metadata["book"]))
     return listed
 
 
 def notebooks():
     """Name -> notebook of each chapter, read anew."""
-    return {c.path.stem: nbformat.read(c.path, as_version=4) for c in chapters()}
+    names = [chapter.path.stem for chapter in chapters()]
+    return {name: book for name, book in executed().items() if name in names}
 
 
 def last_change():
@@ -61,6 +68,6 @@ def sources():
     return {".".join(f.relative_to(package).with_suffix("").parts): f for f in files}
 
 
-def colab(chapter):
-    """The address that opens a chapter on Colab."""
-    return f"{COLAB}/blob/{BRANCH}/book/{chapter.path.name}"
+def colab(path):
+    """The address that opens a notebook on Colab."""
+    return f"{COLAB}/blob/{BRANCH}/book/{path.name}"

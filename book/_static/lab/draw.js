@@ -55,9 +55,9 @@ function packed(hex) {
 }
 
 /* Axes with ticks; returns what turns data into places as well. */
-function axes(canvas, { x, y, xTicks = [], yTicks, log, below }) {
-	const { pen, width, ink } = sheet(canvas, 170);
-	const [left, right, top, bottom] = [38, width - 14, 10, 136];
+function axes(canvas, { x, y, xTicks = [], yTicks, log, below, height = 125 }) {
+	const { pen, width, ink } = sheet(canvas, height);
+	const [left, right, top, bottom] = [38, width - 14, 8, height - 20];
 	const place = (value, [low, high]) =>
 		Math.min(1, Math.max(0, (value - low) / (high - low)));
 	const scale = (value) => (log ? Math.log10(Math.max(value, 1e-30)) : value);
@@ -72,7 +72,9 @@ function axes(canvas, { x, y, xTicks = [], yTicks, log, below }) {
 	}
 	pen.textAlign = "center";
 	for (const tick of xTicks) pen.fillText(tick, X(tick), bottom + 15);
-	pen.fillText(below, (left + right) / 2, bottom + 30);
+	pen.textAlign = "right";
+	pen.fillText(below, left - 5, bottom + 15);
+	pen.textAlign = "center";
 	return { pen, ink, X, Y, bottom };
 }
 
@@ -110,7 +112,7 @@ function drawLosses(canvas, runs) {
 
 /* The singular values of each layer's ΔW, sixteen at most, on a logarithmic axis. */
 function drawSpectra(canvas, { spectra }) {
-	const ticks = { yTicks: [0.01, 0.1, 1, 10], below: "layer" };
+	const ticks = { yTicks: [0.01, 0.1, 1, 10], below: "layer", height: 100 };
 	const frame = axes(canvas, { x: [0, 44], y: [0.001, 100], log: true, ...ticks });
 	const { pen, ink, X, Y, bottom } = frame;
 	for (const layer of [0, 1, 2, 3]) {

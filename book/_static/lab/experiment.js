@@ -97,49 +97,63 @@ class MoonsRun {
 		return now.filter((number, i) => Object.is(number, this.numbers[i])).length;
 	}
 
-	/* All that is drawn. `map` holds logit 1 minus logit 0 on a square of the plane. */
-	look() {
+	/* Whether there is an update to dial: none before training, none from two zeros. */
+	get adapts() {
+		return this.linear.some(({ A, B }) =>
+			[A, B].every((matrix) => matrix?.value.data.some(Boolean)),
+		);
+	}
+
+	/* All that is drawn. `map` holds logit 1 minus logit 0 on a square of the plane,
+	   computed at side × side points. */
+	look(side) {
 		const { settings, losses, undone, seconds, dial } = this;
 		const merged = mergeLora(this.network);
-		const logits = merged.forward(mapPoints()).data;
+		const logits = merged.forward(mapPoints(side)).data;
 		return {
 			settings,
 			losses,
 			undone,
 			seconds,
-			dial: this.adapted ? dial : null,
+			dial: this.adapts ? dial : null,
 			trains: this.optimizer.moved.reduce((n, { m }) => n + m.length, 0),
 			target: merged.accuracy(this.target),
 			source: merged.accuracy(this.source),
 			spectra: this.undone
 				? []
 				: this.updates.map((update) => singularValues(update, 16)),
-			map: finer(logits.map((logit, i) => logits[i + 1] - logit)),
+			map: finer(
+				logits.map((logit, i) => logits[i + 1] - logit),
+				side,
+			),
 			points: this.training.X.data,
 			labels: this.training.labels,
 		};
 	}
 }
 
-/* Where the map is computed: 40 × 40 points from -2.7 to 2.7, the upper row first. */
-function mapPoints() {
-	const at = (i) => (5.4 * i) / 39 - 2.7;
-	const points = new Matrix(1600, 2);
-	for (let i = 0; i < 1600; i++)
-		points.data.set([at(i % 40), -at(Math.floor(i / 40))], 2 * i);
+/* Where the map is computed: points from -2.7 to 2.7, the upper row first. */
+function mapPoints(side) {
+	const at = (i) => (5.4 * i) / (side - 1) - 2.7;
+	const points = new Matrix(side * side, 2);
+	for (let i = 0; i < side * side; i++)
+		points.data.set([at(i % side), -at(Math.floor(i / side))], 2 * i);
 	return points;
 }
 
-/* The map's 40 × 40 values, every second number given, become 157 × 157: three more
+/* The map's side × side values, every second number given, become some 315 × 315: more
    between any two, on a straight line. */
-function finer(values) {
-	const fine = new Float32Array(157 * 157);
+function finer(values, side) {
+	const steps = Math.round(320 / side);
+	const width = steps * (side - 1) + 1;
+	const fine = new Float32Array(width * width);
 	for (let i = 0; i < fine.length; i++) {
-		const [x, y] = [(i % 157) / 4, Math.floor(i / 157) / 4];
-		const [left, top] = [Math.min(Math.floor(x), 38), Math.min(Math.floor(y), 38)];
-		const [u, v, at] = [x - left, y - top, 2 * (40 * top + left)];
+		const [x, y] = [(i % width) / steps, Math.floor(i / width) / steps];
+		const [left, top] = [x, y].map((z) => Math.min(Math.floor(z), side - 2));
+		const [u, v, at] = [x - left, y - top, 2 * (side * top + left)];
+		const below = at + 2 * side;
 		const upper = (1 - u) * values[at] + u * values[at + 2];
-		const lower = (1 - u) * values[at + 80] + u * values[at + 82];
+		const lower = (1 - u) * values[below] + u * values[below + 2];
 		fine[i] = (1 - v) * upper + v * lower;
 	}
 	return fine;
@@ -214,7 +228,8 @@ function waves(k, d, random) {
 /* The worker's side: obeys the page's orders, and answers with what there is to see. */
 function serve() {
 	let [run, asked, latest] = [null, null, 0];
-	const show = (more) => self.postMessage({ ...run.look(), ...more });
+	/* While something moves, a coarse map is enough. */
+	const show = (more, side = 80) => self.postMessage({ ...run.look(side), ...more });
 
 	/* A new run, unless the one at hand has these settings and is not at its end. */
 	const begin = ({ settings, numbers }) => {
@@ -240,7 +255,7 @@ function serve() {
 				run.seconds = (performance.now() - began) / 1000;
 				if (performance.now() - shown > 5 * cost) {
 					const before = performance.now();
-					show({ training: true });
+					show({ training: true }, 40);
 					shown = performance.now();
 					cost = Math.max(20, shown - before);
 					await new Promise((resolve) => setTimeout(resolve));
@@ -250,13 +265,13 @@ function serve() {
 			show({ finished: true });
 		},
 
-		stop() {},
+		stop: () => ({ stopped: true }),
 		turn: ({ dial }) => run.turn(dial),
 		undo: () => ({ same: run.undo() }),
 	};
 
 	self.onmessage = ({ data }) => {
 		const news = orders[data.order](data, ++latest);
-		if (data.order !== "train") show(news);
+		if (data.order !== "train") show(news, data.order === "turn" ? 40 : 80);
 	};
 }

@@ -69,10 +69,13 @@ class Panel {
 	}
 
 	hear(report) {
-		[this.report, this.busy] = [report, false];
+		this.report = report;
 		if (report.finished) this.training = false;
-		if (this.waiting) this.send(this.waiting);
-		this.waiting = null;
+		if (!report.finished && !report.training) this.busy = false; // it is an answer
+		if (this.waiting && !this.busy) {
+			this.send(this.waiting);
+			this.waiting = null;
+		}
 		if (!(report.training && stillness.matches)) this.draw();
 		(this.id === "bench" ? tellBench : tellRun)(this);
 		showButtons();
@@ -102,10 +105,11 @@ function say(id, text) {
 
 const describe = (id, text) => find(id).setAttribute("aria-label", text);
 
-function titleOf({ id, report: { settings, undone } }) {
+function titleOf({ id, report: { settings, undone, dial } }) {
 	const { method, rank, start } = settings;
 	const adapted = method === "LoRA" || method === "B alone";
-	const name = adapted ? `${method}, rank ${rank}, ${start}` : method;
+	const turned = (dial ?? 1) === 1 ? "" : `, c = ${dial}`;
+	const name = adapted ? `${method}, rank ${rank}, ${start}${turned}` : method;
 	return `${id.toUpperCase()}: ${undone ? "the base" : name}`;
 }
 
@@ -127,28 +131,37 @@ function tellRun(panel) {
 		`Largest singular values of ΔW, by layer: ${layers.join("; ")}`,
 	);
 	const turn = find(`${id}-turn`);
-	turn.disabled = dial === null || Boolean(undone);
+	turn.disabled = dial === null || panel.training;
 	if (document.activeElement !== turn) turn.value = dial ?? 1;
+	turn.setAttribute(
+		"aria-valuetext",
+		`${turn.value}: ${percent(target)} on the target`,
+	);
 	showValue(turn);
 
 	const runs = [panels.a, panels.b];
 	const of = `${same} of ${BASE.length} numbers equal the stored ones`;
 	if (same !== undefined) say(id, `${titleOf(panel)}. ${of}, bit for bit.`);
-	if (report.finished && !runs.some(({ training }) => training))
-		say(id, `Done. ${runs.map(resultOf).join(" ")}`);
+	const over = !runs.some(({ training, busy }) => training || busy);
+	if (over && (report.finished || report.stopped))
+		say(id, `${report.stopped ? "Stopped" : "Done"}. ${runs.map(resultOf).join(" ")}`);
 }
 
 function resultOf(panel) {
-	const { target, source, seconds } = panel.report;
+	const { target, source, seconds, losses, settings, undone } = panel.report;
 	const result = `${percent(target)} on the target, ${percent(source)} on the source`;
-	return `${titleOf(panel)}: ${result}, ${seconds.toFixed(1)} s.`;
+	if (undone) return `${titleOf(panel)}: ${result}.`;
+	const whole = losses.length === settings.epochs;
+	const when = whole ? "" : ` after ${losses.length} of ${settings.epochs} epochs`;
+	return `${titleOf(panel)}${when}: ${result}, ${seconds.toFixed(1)} s.`;
 }
 
-function tellBench({ id, report: { errors, bound, settings, finished } }) {
+function tellBench({ id, report: { errors, bound, settings, finished, stopped } }) {
 	const result = `error ${errors.at(-1).toFixed(3)}, bound ${bound.toFixed(3)}`;
 	const text = `Rank ${settings.rank} against planted rank ${settings.planted}: ${result}.`;
 	describe("bench-errors", text);
 	if (finished) say(id, `Done. ${text}`);
+	if (stopped) say(id, `Stopped after ${errors.length - 1} steps. ${text}`);
 }
 
 /* How a dial stands at the beginning. */
@@ -178,6 +191,10 @@ function showDials() {
 function showButtons() {
 	const training = panels.a.training || panels.b.training;
 	write("lab-train", training ? "Stop" : "Train both");
+	for (const id of ["a", "b"]) {
+		find(`${id}-undo`).disabled = panels[id].training;
+		if (panels[id].training) find(`${id}-turn`).disabled = true;
+	}
 	write("bench-train", panels.bench.training ? "Stop" : "Train");
 }
 
@@ -225,6 +242,7 @@ function prepare(runs) {
 function turned({ target }) {
 	if (!target.name) return;
 	const [run] = target.name.split(".");
+	say(run, ""); // what was said was of a run that is no more
 	showDials();
 	writeAddress();
 	prepare(run === "task" ? [panels.a, panels.b] : [panels[run]]);
@@ -251,6 +269,13 @@ function makeRunB() {
 		option.defaultSelected = ["full", "0.001"].includes(option.value);
 }
 
+/* Inside a chapter the laboratory stands alone, its dials set as a question sets them. */
+function questionOf(hash) {
+	if (window.parent === window) return "";
+	document.documentElement.classList.add("lab-framed");
+	return hash && document.querySelector(`${hash} a[href*="lab.html?"]`)?.search;
+}
+
 function build() {
 	makeRunB();
 	for (const id of ["lab", "bench"]) {
@@ -263,6 +288,7 @@ function build() {
 		find(`${id}-undo`).addEventListener("click", () => panels[id].order("undo"));
 		find(`${id}-turn`).addEventListener("input", ({ target }) => {
 			showValue(target);
+			say(id, "");
 			panels[id].order("turn", { dial: Number(target.value) });
 		});
 	}
@@ -275,7 +301,7 @@ function build() {
 	new ResizeObserver(redraw).observe(find("lab-losses"));
 	new MutationObserver(redraw).observe(document.documentElement, { attributes: true });
 	const { search, hash } = window.location;
-	setAll(hash.includes("=") ? hash.slice(1) : search);
+	setAll(hash.includes("=") ? hash.slice(1) : questionOf(hash) || search);
 }
 
 build();

@@ -21,7 +21,6 @@ from lora.study.plots import (
     boundary,
     drawn,
     heat,
-    intervals,
     panels,
     use_book_style,
 )
@@ -162,13 +161,6 @@ def test_a_boundary_is_drawn_where_the_classifier_changes_its_mind(axes):
     assert line.vertices[:, 0] == pytest.approx(1.5, abs=0.03)
 
 
-def test_intervals_stand_from_above_at_their_values(axes):
-    intervals(axes, {"a": (1, 0.5, 1.5), "b": (-1, -2, 0)})
-    assert drawn(axes.figure)[:6] == pytest.approx([0.5, 0, 1.5, 0, 1, 0])
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
-    assert axes.yaxis_inverted() and axes.get_ylim() == (1.5, -0.5)
-
-
 def test_the_diagram_has_the_parts_of_a_layer_in_their_colours():
     figure = plots.layer()
     (ax,) = figure.axes
@@ -178,6 +170,24 @@ def test_the_diagram_has_the_parts_of_a_layer_in_their_colours():
     assert thin.height < wide.height / 3 and tall.width < wide.width / 3
     assert {"W\nfrozen", "A", "B", "x", "+", "y"} <= {t.get_text() for t in ax.texts}
     plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "vectors", "expected"),
+    [
+        ("", "", [plots.FROZEN, plots.A, plots.B]),
+        ("A", "", [plots.FROZEN, plots.FROZEN, plots.B]),
+        ("AB", "bd", [plots.FROZEN] * 3 + [plots.ORANGE] * 2),
+    ],
+)
+def test_a_variant_shows_what_trains_in_colour(axes, frozen, vectors, expected):
+    plots.variant(axes, "name", "formula", frozen, vectors)
+    colours = [
+        matplotlib.colors.to_hex(p.get_facecolor()).upper() for p in axes.patches
+    ]
+    assert colours == expected
+    assert {"W", "A", "B", "formula"} <= {t.get_text() for t in axes.texts}
+    assert axes.get_title() == "name"
 
 
 def test_dots_stand_in_their_rows_with_their_intervals(axes):

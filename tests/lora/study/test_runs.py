@@ -101,6 +101,27 @@ def test_what_a_method_trains(small, method, trainable):
     assert not any(p.requires_grad for p in model.pooler.parameters())
 
 
+def test_the_start_of_peft(small, monkeypatch, tokenizer):
+    """A is uniform on ±1 / sqrt(d_in), whatever the rank, and is trained from there."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 1}
+    model = BertModel(BertConfig(num_hidden_layers=1, **sizes)).eval()
+    monkeypatch.setattr(search, "load_minilm", lambda: (tokenizer, model))
+    settings = runs.DEFAULTS | {"init": "kaiming", "rank": 16, "scale": 2.0}
+    runs.prepare(model, settings)
+    first = {n: w.A.clone() for n, w in runs.bases.find(model, core.LoRALinear).items()}
+    assert {A.shape[1] for A in first.values()} == {16, 64}
+    for A in first.values():
+        most = A.shape[1] ** -0.5
+        assert 0.9 * most < A.abs().max() <= most
+        assert abs(A.std() - most / 3**0.5) < 0.1 * most
+    pairs = runs.data(0)[0]
+    search.fine_tune(model, tokenizer, pairs, steps=2, lr=0.05)
+    for name, wrapper in runs.bases.find(model, core.LoRALinear).items():
+        assert wrapper.scale == 2 and wrapper.A.requires_grad
+        assert wrapper.B.any() and not torch.equal(wrapper.A, first[name]), name
+
+
 def test_a_run_and_its_row(small):
     settings = {"rank": 2, "steps": 2, "lr": 0.05, "seed": 3, "decay": 0.0}
     tokenizer, model, row = runs.make_run(**settings)
@@ -115,6 +136,23 @@ def test_a_run_and_its_row(small):
     assert row | {"step_time": 0} == again | {"step_time": 0}
     other = runs.make_run(**settings | {"lr": 0.5})[2]
     assert other["ranks"] != row["ranks"]
+
+
+# What a layer of width 8 trains at rank 2; VeRA's vectors are of lengths 2 and 8.
+TRAINS = {"lora": 32, "rsLoRA": 32, "LoRA+": 32, "PiSSA": 32, "LoRA-FA": 16}
+TRAINS |= {"DoRA": 32 + 8, "VeRA": 2 + 8}
+
+
+@pytest.mark.parametrize("variant", runs.VARIANTS)
+def test_a_variant_is_another_way_from_the_same_start(small, variant):
+    settings = {"rank": 2, "steps": 4, "lr": 0.05, "seed": 3}
+    plain = runs.make_run(**settings)[2]["losses"]
+    _, model, row = runs.make_run(**settings, variant=variant)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == 6 * TRAINS[variant]
+    assert row["variant"] == variant
+    assert row["losses"][0] == pytest.approx(plain[0], abs=2e-3)
+    assert (row["losses"] == plain) == (variant == "lora")
 
 
 def test_a_run_without_training_is_the_base(small):
@@ -179,20 +217,19 @@ def test_a_query_is_known_again_under_another_seed():
             assert [pairs[i] for i in places] == runs.data(seed)[2][library]
 
 
-def test_queries_of_rows():
+def test_scores_of_rows():
     ranks = {library: [*range(1, 151)] for library in LIBRARIES}
     rows = [{"seed": seed, "ranks": ranks} for seed in (1, 2)]
-    table = runs.queries(rows)
-    assert len(table) == 2 * 7 * 150 and list(table.index) == [*range(2 * 7 * 150)]
-    first = table.iloc[0]
-    assert tuple(first[["seed", "library", "score"]]) == (1, "numpy", 100)
-    assert first["query"] == f"numpy {runs.reported(1)['numpy'][0]}"
-    last = table[(table["seed"] == 2) & (table["library"] == "sympy")]
-    assert list(last["pair"]) == runs.reported(2)["sympy"]
-    assert list(last["score"]) == [100 / rank for rank in range(1, 151)]
-    some = table[table["library"].isin(["scipy"])].reset_index(drop=True)
-    assert runs.queries(runs.pd.DataFrame(rows), ["scipy"]).equals(some)
-    twice = table["query"].value_counts()
+    found = runs.scores(rows)
+    assert found.index.names == ["seed", "library", "pair"]
+    assert found.index.is_unique and len(found) == 2 * 7 * 150
+    assert found.index[0] == (1, "numpy", runs.reported(1)["numpy"][0])
+    last = found[found.index.isin([2], "seed") & found.index.isin(["sympy"], "library")]
+    assert list(last.index.get_level_values("pair")) == runs.reported(2)["sympy"]
+    assert list(last) == [100 / rank for rank in range(1, 151)]
+    some = found[found.index.isin(["scipy"], "library")]
+    assert runs.scores(runs.pd.DataFrame(rows), ["scipy"]).equals(some)
+    twice = found.groupby(["library", "pair"]).size()
     assert set(twice) == {1, 2}, "some names are drawn by both seeds, not all"
 
 
@@ -223,15 +260,18 @@ def test_what_two_sets_of_rows_differ_in():
         for rank, seeds in ((2, (1, 2)), (1, (2, 1, 3)))
     )
     both = ["numpy", "scipy"]
-    found = runs.differences(better, worse, both)
+    found = (runs.scores(better, both) - runs.scores(worse, both)).dropna()
     assert len(found) == 2 * 2 * 150, "a seed that one side lacks is left out"
-    moved = found[found["points"] != 0]
-    assert list(moved["points"]) == [50, 50] and set(moved["library"]) == {"numpy"}
+    moved = found[found != 0]
+    assert list(moved) == [50, 50] and set(moved.index.get_level_values(1)) == {"numpy"}
     names, seeds = runs.compared(better, worse, both)
+    assert (names, seeds) == runs.intervals(found)
     assert names[0] == pytest.approx(100 / 600) and names[1] < 0 < names[2]
     assert seeds == pytest.approx((100 / 600,) * 3), "all seeds alike: no width"
-    expected = clustered(found["points"], found["query"])
-    assert names == expected != interval(found["points"])
+    asked = [f"{library} {pair}" for _, library, pair in found.index]
+    assert names == pytest.approx(clustered(found, asked)) != interval(found)
+    wide = runs.compared(better, worse, both, level=0.99)
+    assert wide[0] == pytest.approx(clustered(found, asked, 0.99))
     assert runs.compared(better, worse, ["scipy"])[0] == (0, 0, 0)
     assert not runs.is_ahead(better, worse, both).stands, "one name is no lead"
     shown = runs.both(better, worse, both)
@@ -478,7 +518,7 @@ def test_no_run_is_planned_twice():
 def test_a_seed_that_chooses_does_not_report():
     for study, entries in runs.studies().items():
         for settings in entries:
-            chooses = study in ("rates", "alpha")
+            chooses = study in ("rates", "alpha", "rule")
             assert (settings["seed"] in (0, 6)) == chooses
 
 

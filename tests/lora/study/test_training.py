@@ -3,15 +3,17 @@
 import copy
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 from torch.profiler import profile
 
-from lora import LoRALinear, freeze_all, inject_lora
-from lora.study.moons import moons_batch, moons_mlp
-from lora.study.training import accuracy, train
+from lora import LoRALinear, count_trainable, freeze_all, inject_lora
+from lora.study.moons import moons_batch, moons_mlp, two_moons
+from lora.study.training import RandomSubspace, accuracy, train
 
 
 def train_alone(model, x, y, epochs=60, lr=1e-3):
@@ -289,3 +291,114 @@ def test_a_buffer_that_stays_is_each_models_own():
     for i, model in enumerate(models):
         model.eval()[1].running_mean += i
     check_against_a_plain_loop(models)
+
+
+# The random subspace
+
+
+def numbers(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def small_model(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+
+
+def test_random_subspace_starts_as_the_model_and_trains_z_alone():
+    model, x = small_model(), numbers(5, 3)
+    before = model(x).detach()
+    subspace = RandomSubspace(model, 6, seed=1)
+    assert torch.equal(subspace(x), before)
+    assert subspace.model is model and not any(
+        p.requires_grad for p in model.parameters()
+    )
+    assert [n for n, p in subspace.named_parameters() if p.requires_grad] == ["z"]
+    assert count_trainable(subspace) == 6 and subspace.P.shape == (26, 6)
+    # one in float64 too: drawn in float32, it would be one up to 1e-7
+    torch.testing.assert_close(
+        subspace.P.norm(dim=0), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-14
+    )
+
+
+def test_random_subspace_is_theta0_plus_P_z():
+    model, x = small_model(), numbers(5, 3)
+    start = parameters_to_vector(model.parameters()).detach().numpy()
+    subspace = RandomSubspace(model, 6)
+    with torch.no_grad():
+        subspace.z.copy_(numbers(6))
+    theta = start + subspace.P.numpy() @ numbers(6).numpy()
+    W1, b1, W2, b2 = np.split(theta, [12, 16, 24])
+    h = np.tanh(x.numpy() @ W1.reshape(4, 3).T + b1)
+    np.testing.assert_allclose(
+        subspace(x).detach(), h @ W2.reshape(2, 4).T + b2, atol=1e-12
+    )
+    moved = torch.cat([t.flatten() for t in subspace.theta().values()])
+    np.testing.assert_allclose(moved.detach(), theta, atol=1e-12)
+    assert list(subspace.theta()) == [name for name, _ in model.named_parameters()]
+
+
+def test_gradient_of_z_is_the_projected_gradient_of_the_parameters():
+    model, x = small_model(), numbers(5, 3)
+    gradients = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    subspace = RandomSubspace(model, 4, seed=2)
+    subspace(x).square().sum().backward()
+    expected = subspace.P.T @ torch.cat([g.flatten() for g in gradients])
+    torch.testing.assert_close(subspace.z.grad, expected)
+
+
+def test_random_subspace_depends_on_its_seed_only():
+    draws = [RandomSubspace(small_model(), 3, seed=s).P for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[0], RandomSubspace(small_model(), 3).P)
+    model, expected = small_model(), torch.random.get_rng_state()
+    RandomSubspace(model, 3)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+
+
+def test_random_subspace_takes_the_models_dtype():
+    assert RandomSubspace(small_model(torch.bfloat16), 3).z.dtype == torch.bfloat16
+
+
+def test_the_subspace_of_a_single_number_is_that_number():
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    start, subspace = model.weight.item(), RandomSubspace(model, 1)
+    with torch.no_grad():
+        subspace.z.fill_(3)
+    assert abs(subspace.P.item()) == pytest.approx(1, abs=1e-15)
+    assert subspace.theta()["weight"].item() == start + 3 * subspace.P.item()
+
+
+def test_a_full_random_basis_can_reach_any_parameters():
+    """With d = D the subspace is everything: training in it is training."""
+    model = nn.Linear(2, 1, dtype=torch.float64)
+    subspace = RandomSubspace(model, 3)
+    goal = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
+    start = parameters_to_vector(model.parameters())
+    with torch.no_grad():
+        subspace.z.copy_(torch.linalg.solve(subspace.P, goal - start))
+    x = numbers(4, 2)
+    torch.testing.assert_close(subspace(x), x @ goal[:2, None] + goal[2])
+
+
+def test_random_subspaces_train_as_a_stack_as_they_do_one_by_one():
+    x, y = (torch.stack(v) for v in zip(*(two_moons(60, seed=s) for s in (0, 1))))
+
+    def subspaces():
+        return [RandomSubspace(moons_mlp(s), 5, seed=s) for s in (0, 1)]
+
+    together, alone = subspaces(), subspaces()
+    train(together, x, y, epochs=3, lr=0.1)
+    for i, model in enumerate(alone):
+        train([model], x[i : i + 1], y[i : i + 1], epochs=3, lr=0.1)
+        torch.testing.assert_close(together[i].z, model.z, atol=1e-10, rtol=0)
+        assert model.z.abs().min() > 0
+        assert torch.equal(model.model[0].weight, moons_mlp(i)[0].weight)
+
+
+def test_a_model_that_cannot_be_moved_is_left_as_it_was():
+    model = small_model()
+    with pytest.raises(RuntimeError, match="negative dimension"):
+        RandomSubspace(model, -1)
+    assert all(p.requires_grad for p in model.parameters())
