@@ -194,7 +194,7 @@ def dots(ax, groups, labels):
             )
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(labels)), labels=labels, fontsize=8.5)
-    ax.invert_yaxis()
+    ax.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def heat(ax, table):
