@@ -1,12 +1,13 @@
-"""The recorded runs of Part II: one row a run, in `lora/study/data/runs.jsonl`.
+"""The recorded runs: one row a run, in `lora/study/data/runs.jsonl` and `chat.jsonl`.
 
 run [STUDY]     `make experiments`: make the runs that are not there yet
 compare STUDY   make a study's runs again and compare with what is recorded
 stamp COMMIT    say which commit made rows that came from another clone
 
-What the studies are, `lora.study.runs` says. Stopped at any moment, `run` goes on with
-the run that it was at. Beside the rows stands `runs.json`: their SHA-256 and the
-commits whose code made them. STUDY is a regular expression for the whole name.
+What the studies are, the modules in RECORDS say, one for each of the two models.
+Stopped at any moment, `run` goes on with the run that it was at. Beside the rows stands
+`runs.json` or `chat.json`: their SHA-256 and the commits whose code made them. STUDY is
+a regular expression for the whole name.
 """
 
 import hashlib
@@ -24,13 +25,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
-from lora.study import runs
+from lora.study import chat_runs, runs
 from tools.kit.register import ROOT
 
-STAMP = runs.DATA.with_suffix(".json")
-# Between processors, training in float32 goes other ways: what may lie between the mean
-# reciprocal ranks of two runs of the same settings, in points.
-TOLERANCE = 1.0
+RECORDS = runs, chat_runs
+
+
+def home(study):
+    """The module whose study it is."""
+    return next(record for record in RECORDS if study in record.studies())
 
 
 def one(job):
@@ -38,65 +41,78 @@ def one(job):
     torch.set_num_threads(1)
     study, settings = job
     start = time.process_time()
-    rows = [{"study": study} | row for row in runs.make_rows(settings)]
+    rows = [{"study": study} | row for row in home(study).make_rows(settings)]
     return job, rows, time.process_time() - start
 
 
-def key(row):
+def key(record, row):
     """What tells one row from another: its study, its settings, what it was made of."""
-    settings = runs.DEFAULTS | row
-    names = [*runs.DEFAULTS, "cut", "merged", "composed"]
-    return json.dumps([row["study"], *(settings.get(k) for k in names)])
+    settings = record.DEFAULTS | row
+    return json.dumps([row["study"], *(settings.get(k) for k in record.KEYS)])
 
 
 def keys(job):
     """The keys of all rows that a job makes."""
     study, settings = job
-    return [key({"study": study} | row) for row in runs.planned(settings)]
+    record = home(study)
+    return [key(record, {"study": study} | row) for row in record.planned(settings)]
 
 
-def made():
+def made(record):
     """Key -> row, of all that is recorded. A last line that was cut is left out."""
-    text = runs.DATA.read_text() if runs.DATA.exists() else ""
+    text = record.DATA.read_text() if record.DATA.exists() else ""
     *lines, last = text.split("\n")
     rows = {}
     for i, line in enumerate(lines, 1):
         row = json.loads(line)
-        if key(row) in rows:
-            raise ValueError(f"line {i} of {runs.DATA} is there twice")
-        rows[key(row)] = row
+        if key(record, row) in rows:
+            raise ValueError(f"line {i} of {record.DATA} is there twice")
+        rows[key(record, row)] = row
     if last:
         print("the last line was cut: its run is made again", flush=True)
     return rows
 
 
-def store(rows, commit):
+def store(record, rows, commit):
     """Replace the file in one go, so that no interruption cuts it, then stamp it."""
     lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
-    new = runs.DATA.with_suffix(".new")
+    new = record.DATA.with_suffix(".new")
     new.write_text("".join(lines))
-    new.replace(runs.DATA)
-    stamp(commit)
+    new.replace(record.DATA)
+    sign(record, commit)
 
 
-def stamped():
-    """What the file's stamp says: {"sha256": ..., "rows": ..., "commits": [...]}."""
-    return json.loads(STAMP.read_text()) if STAMP.exists() else {}
+def stamped(record):
+    """What a file's stamp says: {"sha256": ..., "rows": ..., "commits": [...]}."""
+    file = record.DATA.with_suffix(".json")
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
-def digest():
+def digest(record):
     """What the stamp must say of the rows that are there."""
-    data = runs.DATA.read_bytes()
+    data = record.DATA.read_bytes()
     return {"sha256": hashlib.sha256(data).hexdigest(), "rows": data.count(b"\n")}
 
 
-def stamp(commit):
+def unsigned():
+    """The records whose stamp is of other rows than are there."""
+    there = [record for record in RECORDS if record.DATA.exists()]
+    return [r for r in there if not digest(r).items() <= stamped(r).items()]
+
+
+def sign(record, commit):
     """Write down the checksum, and that `commit`, 40 hex digits, made some rows."""
     if not re.fullmatch("[0-9a-f]{40}", commit):
         raise ValueError(f"a commit has 40 hexadecimal digits, got {commit!r}")
-    commits = dict.fromkeys([*stamped().get("commits", []), commit])
-    text = json.dumps(digest() | {"commits": list(commits)}, indent=2)
-    STAMP.write_text(text + "\n")
+    commits = dict.fromkeys([*stamped(record).get("commits", []), commit])
+    text = json.dumps(digest(record) | {"commits": list(commits)}, indent=2)
+    record.DATA.with_suffix(".json").write_text(text + "\n")
+
+
+def stamp(commit):
+    """Sign the rows that are unsigned."""
+    for record in unsigned():
+        sign(record, commit)
 
 
 def commit():
@@ -114,10 +130,13 @@ def commit():
 
 
 def results(jobs):
-    """The rows of each job as soon as they are made, with a line that says so."""
+    """The rows of each job as soon as they are made, with a line that says so.
+
+    A process makes a few: to read the libraries takes as long as a short run.
+    """
     workers = int(os.environ.get("WORKERS", "2"))
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=8) as pool:
         futures = [pool.submit(one, job) for job in jobs]
         for n, future in enumerate(as_completed(futures), 1):
             (study, settings), rows, seconds = future.result()
@@ -128,11 +147,17 @@ def results(jobs):
 
 def selected(only=".*"):
     """The jobs of the studies whose name matches; ValueError if there is none."""
-    studies = runs.studies()
+    studies = {name: jobs for r in RECORDS for name, jobs in r.studies().items()}
     names = [study for study in studies if re.fullmatch(only, study)]
     if not names:
         raise ValueError(f"no study matches {only!r}; there are {', '.join(studies)}")
     return [(study, settings) for study in names for settings in studies[study]]
+
+
+def missing(jobs):
+    """Those of the jobs of which a row is not recorded."""
+    there = {key for record in RECORDS for key in made(record)}
+    return [job for job in jobs if not set(keys(job)) <= there]
 
 
 def run(only=".*"):
@@ -140,35 +165,36 @@ def run(only=".*"):
 
     A run that is there in part is made again as a whole.
     """
-    head, rows = commit(), made()
-    jobs = [job for job in selected(only) if not set(keys(job)) <= rows.keys()]
+    head, jobs = commit(), missing(selected(only))
     print(f"{len(jobs)} runs to make", flush=True)
     for new in results(jobs):
-        rows = made()
+        record = home(new[0]["study"])
+        rows = made(record)
         for row in new:
-            rows.pop(key(row), None)
-        store([*rows.values(), *new], head)
-    if runs.DATA.exists() and not digest().items() <= stamped().items():
-        print(f"{STAMP.name} is of other rows: see `stamp COMMIT`")
+            rows.pop(key(record, row), None)
+        store(record, [*rows.values(), *new], head)
+    for record in unsigned():
+        print(f"{record.DATA.stem}.json is of other rows: see `stamp COMMIT`")
     return 0
 
 
 def compare(only=".*"):
-    """Make runs again: 1 if a mean is more than TOLERANCE from the recorded one."""
-    rows, wrong, compared = made(), 0, 0
+    """Make runs again: 1 if a mean is farther than it may be from the recorded one."""
+    wrong, compared = 0, 0
     for row in (row for new in results(selected(only)) for row in new):
-        old = rows.get(key(row))
+        record = home(row["study"])
+        old = made(record).get(key(record, row))
         if old is None:
-            print(f"not recorded: {key(row)}")
+            print(f"not recorded: {key(record, row)}")
             wrong += 1
             continue
         if "versions" in row and (other := runs.other_versions(old)):
             print(f"recorded with other versions: {other}")
             wrong += 1
-        then, now = runs.points(old), runs.points(row)
+        then, now = record.points(old), record.points(row)
         compared += 1
-        if not abs(then - now) <= TOLERANCE:
-            print(f"{then:.2f} recorded, {now:.2f} now: {key(row)}")
+        if not abs(then - now) <= record.TOLERANCE:
+            print(f"{then:.2f} recorded, {now:.2f} now: {key(record, row)}")
             wrong += 1
     print(f"{compared} rows compared, {wrong} faults")
     return int(wrong > 0 or compared == 0)

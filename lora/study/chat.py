@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import islice, takewhile
+from itertools import cycle, islice, takewhile
 from pathlib import Path
 
 import torch
@@ -140,18 +140,28 @@ def is_line(text):
 # --- Tokens, and which of them learn ---
 
 
-def prompt(tokenizer, function):
-    """The tokens of the question as the chat template puts it, a list of ints."""
-    talk = [{"role": "user", "content": ASK + function}]
+def talk(tokenizer, *turns):
+    """The tokens of a talk as the chat template puts it, up to the model's next turn.
+
+    `turns` are texts, of the user and the model in turn. A list of ints.
+    """
+    roles = cycle(("user", "assistant"))
+    said = [{"role": role, "content": text} for role, text in zip(roles, turns)]
     text = tokenizer.apply_chat_template(
-        talk, tokenize=False, add_generation_prompt=True
+        said, tokenize=False, add_generation_prompt=True
     )
     return tokenizer(text)["input_ids"]
 
 
-def example(tokenizer, function, line):
+def prompt(tokenizer, function, shots=()):
+    """The tokens of the question, a list of ints; before it come pairs as examples."""
+    before = [text for name, line in shots for text in (ASK + name, line)]
+    return talk(tokenizer, *before, ASK + function)
+
+
+def example(tokenizer, function, line, shots=()):
     """(number of tokens in the prompt, tokens): prompt, answer, the end token."""
-    asked = prompt(tokenizer, function)
+    asked = prompt(tokenizer, function, shots)
     answer = tokenizer(line)["input_ids"]
     return len(asked), [*asked, *answer, tokenizer.eos_token_id]
 
@@ -196,9 +206,9 @@ def token_losses(model, tokenizer, examples):
 
 
 @torch.no_grad()
-def answer_losses(model, tokenizer, pairs, batch=16):
+def answer_losses(model, tokenizer, pairs, batch=16, shots=()):
     """The mean loss over the tokens of each pair's answer, in nats: (n,), float32."""
-    examples = [example(tokenizer, *pair) for pair in pairs]
+    examples = [example(tokenizer, *pair, shots) for pair in pairs]
     order = sorted(range(len(pairs)), key=lambda i: len(examples[i][1]))
     means = torch.empty(len(pairs), device=model.device)
     for i in range(0, len(order), batch):
@@ -209,11 +219,12 @@ def answer_losses(model, tokenizer, pairs, batch=16):
     return means
 
 
-def fine_tune_chat(model, tokenizer, pairs, steps, lr, batch=16, seed=0):
+def fine_tune_chat(model, tokenizer, pairs, steps, lr, batch=16, seed=0, make=example):
     """Train what requires a gradient, in place; return the loss of each step, a list.
 
     AdamW without decay, its rate rising to `lr` over a tenth of the steps and falling
     to zero; batches of similar length, drawn with `seed` (`lora.study.search.batches`).
+    `make` turns a pair into what is trained on.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
@@ -221,7 +232,7 @@ def fine_tune_chat(model, tokenizer, pairs, steps, lr, batch=16, seed=0):
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warm, 1 - t / steps)
     )
-    examples, losses = [example(tokenizer, *pair) for pair in pairs], []
+    examples, losses = [make(tokenizer, *pair) for pair in pairs], []
     for part in tqdm(islice(batches(examples, batch, seed), steps), total=steps):
         loss = token_losses(model, tokenizer, part)[0].mean()
         losses.append(loss.item())
@@ -232,14 +243,25 @@ def fine_tune_chat(model, tokenizer, pairs, steps, lr, batch=16, seed=0):
     return losses
 
 
-@torch.no_grad()
-def write(model, tokenizer, functions, longest=40):
+def write(model, tokenizer, functions, longest=40, shots=()):
     """The model's answers, a list of texts: greedy, in one batch, with a cache.
 
     An answer ends with the end token, or after `longest` tokens.
     """
-    questions = [prompt(tokenizer, function) for function in functions]
-    ids, mask = padded(questions, tokenizer.pad_token_id, model.device, left=True)
+    asked = [prompt(tokenizer, function, shots) for function in functions]
+    return [
+        tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        for tokens in continued(model, tokenizer, asked, longest)
+    ]
+
+
+@torch.no_grad()
+def continued(model, tokenizer, prompts, longest=40):
+    """The tokens that follow each prompt, greedily, up to the end token, lists of ints.
+
+    One that did not end before `longest` tokens lacks the end token.
+    """
+    ids, mask = padded(prompts, tokenizer.pad_token_id, model.device, left=True)
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -247,10 +269,8 @@ def write(model, tokenizer, functions, longest=40):
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    new = out[:, ids.shape[1] :]
-    return [
-        text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)
-    ]
+    end, rows = tokenizer.eos_token_id, out[:, ids.shape[1] :].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ VARIANTS = {
     "VeRA": lambda m, t, r, a: variants.inject_vera(m, t, r, torch.initial_seed()),
 }
 KS = (1, 2, 4, 8, 16, 32, 64, 384)  # directions of a change that a row tells about
+KEYS = [*DEFAULTS, "cut", "merged", "composed"]  # what tells two rows of a study apart
+# Between processors, training in float32 goes other ways: what may lie between the mean
+# reciprocal ranks of two runs of the same settings, in points.
+TOLERANCE = 1.0
 
 
 def prepare(model, settings):
@@ -279,11 +283,18 @@ def both(first, second, libraries=TRAINED):
 def recorded(study):
     """The recorded rows of one study, a DataFrame, as they were made.
 
-    Settings that are younger than a row have their default, and what does not name its
-    device was made on a CPU. Raises ValueError if there is no such study.
+    What does not name its device was made on a CPU.
     """
-    lines = DATA.read_text().splitlines()
-    older = DEFAULTS | {"device": "cpu"}
+    return read_rows(DATA, DEFAULTS | {"device": "cpu"}, study)
+
+
+def read_rows(file, older, study):
+    """The rows of one study in a file of rows, a DataFrame.
+
+    Settings that are younger than a row are as in `older`. Raises ValueError if there
+    is no such study.
+    """
+    lines = file.read_text().splitlines()
     table = pd.DataFrame([older | json.loads(line) for line in lines])
     if study not in set(table["study"]):
         raise ValueError(f"study must be one of {[*table['study'].unique()]}")

@@ -102,6 +102,30 @@ def test_an_example_is_prompt_answer_and_the_end(tokenizer):
     assert tokenizer.decode(ids) + "\n" == whole
 
 
+def test_examples_in_the_prompt_are_turns_of_a_talk(tokenizer, small):
+    shots = PAIRS[:2]
+    turns = [text for name, line in shots for text in (chat.ASK + name, line)]
+    roles = ["user", "assistant"] * 2
+    said = [{"role": role, "content": t} for role, t in zip(roles, turns)]
+    said.append({"role": "user", "content": chat.ASK + "g(x)"})
+    whole = tokenizer.apply_chat_template(
+        said, tokenize=False, add_generation_prompt=True
+    )
+    ids = chat.prompt(tokenizer, "g(x)", shots)
+    assert tokenizer.decode(ids) == whole
+    pair = "g(x)", "Go."
+    start, tokens = chat.example(tokenizer, *pair, shots)
+    assert tokens[:start] == ids
+    with torch.no_grad():
+        losses = chat.token_losses(small, tokenizer, [(start, tokens)])[0]
+    means = chat.answer_losses(small, tokenizer, [pair], shots=shots)
+    assert means.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    prompts = [ids, chat.prompt(tokenizer, "f()", shots)]
+    told = chat.continued(small, tokenizer, prompts, 4)
+    texts = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in told]
+    assert texts == chat.write(small, tokenizer, ["g(x)", "f()"], 4, shots)
+
+
 def test_digits_are_tokens_of_their_own(tokenizer):
     assert tokenizer.convert_ids_to_tokens(tokenizer(" 1234")["input_ids"]) == [
         *["Ġ", "1", "2", "3", "4"]
@@ -201,6 +225,23 @@ def test_answers_in_a_batch_are_those_one_by_one(tokenizer, small):
 def test_an_answer_stops_at_the_end_token(tokenizer, small):
     chat.fine_tune_chat(small, tokenizer, [("f()", "Do it.")], 40, 2e-2, batch=1)
     assert chat.write(small, tokenizer, ["f()"]) == ["Do it."]
+    asked = [chat.prompt(tokenizer, "f()")]
+    whole = [*tokenizer("Do it.")["input_ids"], tokenizer.eos_token_id]
+    assert chat.continued(small, tokenizer, asked) == [whole]
+    assert chat.continued(small, tokenizer, asked, 2) == [whole[:2]], "it has no end"
+
+
+def test_what_is_trained_on_may_be_made_otherwise(tokenizer, small):
+    """Without the end token an answer goes on."""
+
+    def endless(tokenizer, *pair):
+        start, tokens = chat.example(tokenizer, *pair)
+        return start, tokens[:-1]
+
+    pair = ("f()", "Do it.")
+    chat.fine_tune_chat(small, tokenizer, [pair], 40, 2e-2, batch=1, make=endless)
+    (text,) = chat.write(small, tokenizer, ["f()"], longest=8)
+    assert text.startswith("Do it.") and text != "Do it."
 
 
 # --- The data ---
@@ -208,7 +249,7 @@ def test_an_answer_stops_at_the_end_token(tokenizer, small):
 
 def test_arguments():
     assert chat.arguments("lora.study.chat.write") == (
-        "(model, tokenizer, functions, longest)"
+        "(model, tokenizer, functions, longest, shots)"
     )
     assert chat.arguments("numpy.frombuffer").startswith("(")
     assert chat.arguments("torch.optim.Adam") == (
