@@ -30,7 +30,7 @@ def definitions(cells):
     for cell in cells:
         setup = cell.source.startswith("# @title Set-up")
         if cell.cell_type == "code" and not setup:
-            source = re.sub(r"^\s*!.*", "", cell.source, flags=re.MULTILINE)
+            source = re.sub(r"^(\s*)!.*", r"\1pass", cell.source, flags=re.MULTILINE)
             if all(map(defines, ast.parse(source).body)):
                 yield source
 
