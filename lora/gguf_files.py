@@ -179,7 +179,7 @@ class Q4Linear(checks.Described):
         self.register_buffer("rows", rows)
         self.register_buffer("like", torch.empty(0).to(rows.device), persistent=False)
 
-    def dense(self, rows):
+    def dense(self, rows, *none):
         return unpack(rows, self.kind).to(self.like.dtype)
 
     def dense_weight(self):
@@ -193,7 +193,7 @@ class Q4Linear(checks.Described):
         return bases.LazyWeight(like, self.dense_weight)
 
     def forward(self, x):
-        return FrozenProduct.apply(x, None, self.dense, self.rows)
+        return FrozenProduct.apply(x, None, self.dense, self.rows, *[None] * 3)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, kind={self.kind}"

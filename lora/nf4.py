@@ -57,8 +57,8 @@ class FrozenProduct(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, bias, dense, *stored):
-        return F.linear(x, dense(*stored), bias)
+    def forward(x, bias, dense, codes, scales, wide, mean):  # torch.compile: no *stored
+        return F.linear(x, dense(codes, scales, wide, mean), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -130,7 +130,8 @@ class NF4Linear(checks.Described):
         return bases.LazyWeight(like, self.dense_weight)
 
     def forward(self, x):
-        return FrozenProduct.apply(x, self.bias, self.dense, *self.stored())
+        stored = [*self.stored(), None, None][:4]
+        return FrozenProduct.apply(x, self.bias, self.dense, *stored)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, bias={self.bias is not None}"

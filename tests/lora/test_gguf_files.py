@@ -169,6 +169,14 @@ def test_the_layer_is_the_dense_one_forward_and_backward(file):
     assert torch.equal(layer.weight @ x[0].T, dense.weight @ x[0].T)
 
 
+def test_a_model_on_stored_weights_compiles(file):
+    model = load_llama(file)
+    inject_lora(model, targets=r"model\.layers\..*_proj")
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, WIDTH)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
 def test_no_dense_weight_is_kept_for_backward(file):
     stored = read_header(file)[1]["blk.0.ffn_down.weight"]
     layer, kept = Q4Linear(read_rows(file, stored)), []
