@@ -163,10 +163,10 @@ def trains(notebook):
     """
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
-            source = re.sub(r"(?m)^\s*[%!].*", "", cell.source)
+            source = re.sub(r"(?m)^([ ]*)[%!].*", r"\1pass", cell.source)
             run = [s for s in ast.parse(source).body if not isinstance(s, DEFINITIONS)]
             text = "\n".join(map(ast.unparse, run))
-            if re.search(r"\b(fine_tune\w*|make_run|adapt)\(", text):
+            if re.search(r"\b(fine_tune(_chat)?|make_run|adapt)\(", text):
                 return i
     return None
 
