@@ -9,6 +9,8 @@ import functools
 import importlib.metadata
 import json
 import math
+import random
+import re
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from torch import nn
 from lora import bases, core, formats, nf4, variants
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
-from lora.study.docstrings import LIBRARIES, docstring_pairs, split
+from lora.study.docstrings import LIBRARIES, docstring_pairs, documented, split
 from lora.study.evidence import Verdict, clustered, interval
 
 FOLDER = Path(__file__).parent / "data"
@@ -45,6 +47,9 @@ DEFAULTS = {
     "block": 64,
     "double": False,  # of NF4: whether its scales are in few bits, too
     "libraries": list(TRAINED),  # whose pairs are trained on
+    "pairs": 0,  # how many of them, drawn with the seed; 0 is all
+    "queries": "names",  # or "words" of the sentence, or "both": see data
+    "elsewhere": False,  # whether questions and everyday sentences are tried, too
     "start": 0,  # adapters of one seed that start from other A's
     "variant": "lora",  # or another of VARIANTS
     "seed": 0,
@@ -105,20 +110,42 @@ def layers(model):
     return {n: m for n, m in bases.find(model, nn.Linear).items() if "encoder" in n}
 
 
-def data(seed, libraries=TRAINED, shuffled=False):
+def data(seed, libraries=TRAINED, shuffled=False, pairs=0, queries="names"):
     """(pairs to train on, pairs to choose by, pairs to report).
 
     The first is a list, of some `libraries`; the other two are dictionaries, library ->
     50 and 150 pairs, of all seven. `seed` draws the pairs to report; those to choose by
     stay. `shuffled` gives each name the sentence of another: nothing can be learned.
+    `pairs` keeps that many of the first. `queries` are the "names", or "words" that
+    stand for a question, `some_words` of the sentence, or "both", half and half.
     """
     parts = {library: split(docstring_pairs(library), seed) for library in LIBRARIES}
     train = [pair for library in libraries for pair in parts[library][0]]
+    draw = random.Random(seed)
     if shuffled:
         names, sentences = zip(*train)
         train = list(zip(names, sentences[1:] + sentences[:1]))
+    if pairs:
+        train = draw.sample(train, pairs)
+    if queries != "names":
+        share = {"words": 1, "both": 0.5}[queries]
+        train = [
+            (some_words(sentence, draw) if draw.random() < share else name, sentence)
+            for name, sentence in train
+        ]
     _, choose, report = zip(*parts.values())
     return train, dict(zip(parts, choose)), dict(zip(parts, report))
+
+
+def some_words(sentence, draw):
+    """A question made of a sentence: about half of its words, shuffled, two at least.
+
+    "Return the sum of array elements." might become "elements sum the". `draw` is a
+    `random.Random`.
+    """
+    words = re.findall(r"[\w'-]+", sentence.lower())
+    count = min(len(words), max(2, round(len(words) / 2)))
+    return " ".join(draw.sample(words, count))
 
 
 def ranks(model, tokenizer, tests):
@@ -128,6 +155,16 @@ def ranks(model, tokenizer, tests):
         for library, pairs in tests.items()
     }
     return {library: (1 / s).round().int().tolist() for library, s in scores.items()}
+
+
+def asked(model, tokenizer):
+    """The rank of the answer to each of `data/questions.csv`, among all functions."""
+    table = pd.read_csv(FOLDER / "questions.csv")
+    shelf = {name: line for part in documented().values() for name, _, line in part}
+    answers = [shelf.pop(name) for name in table["answer"]]
+    sides = list(table["question"]), [*answers, *shelf.values()]
+    sides = [search.embed(model, tokenizer, side) for side in sides]
+    return (1 / search.reciprocal_ranks(*sides)).round().int().tolist()
 
 
 def everyday(model, tokenizer):
@@ -155,7 +192,8 @@ def make_run(**settings):
     Settings that are not named are `DEFAULTS`. The row holds them, the rank of each
     query that is reported ("ranks") and of each query to choose by ("chosen"), the loss
     of each step, the time of a step in forward passes of the base ("step_time"), and
-    the "device" that it was made on: PyTorch's default.
+    the "device" that it was made on: PyTorch's default. What is tried elsewhere stands
+    under "asked", "everyday" and "nats".
     Raises ValueError for a setting that there is none of, or "double" without NF4.
     """
     if strange := settings.keys() - DEFAULTS.keys():
@@ -165,7 +203,8 @@ def make_run(**settings):
         raise ValueError(f"double is for NF4, got the base {settings['base']!r}")
     seed = settings["seed"]
     tokenizer, model = search.load_minilm()
-    train, choose, report = data(seed, settings["libraries"], settings["shuffled"])
+    of_data = ("libraries", "shuffled", "pairs", "queries")
+    train, choose, report = data(seed, *(settings[name] for name in of_data))
     probe = [name for name, _ in train[:32]] + [s for _, s in train[:32]]
     clock = []
     for _ in range(4):
@@ -194,6 +233,8 @@ def make_run(**settings):
     row["losses"] = [round(loss, 3) for loss in losses]
     row["chosen"] = ranks(model, tokenizer, choose)
     row["ranks"] = ranks(model, tokenizer, report)
+    if settings["elsewhere"]:
+        row |= {"asked": asked(model, tokenizer)} | everyday(model, tokenizer)
     return tokenizer, model, row
 
 
@@ -548,6 +589,9 @@ def studies():
     attention, last = r".*attention\..*\.(query|key|value|dense)", r".*\.[45]\..*"
     mlp = r".*\.\d\.(intermediate|output)\.dense"
     placed = [(attention, 18), (mlp, 14), (last, 24)]
+    taught = [lora | {"queries": queries} for queries in ("names", "words", "both")]
+    taught += [full | {"queries": "words"}, {"method": "none"}]
+    fewer = [run | {"pairs": n} for run in (lora, full) for n in (50, 200, 1_000)]
     return {
         "rates": over((0, 6), *grid),
         "main": over(five, {"method": "none"}, lora, full | {"cuts": KS}),
@@ -569,4 +613,6 @@ def studies():
             *over((1, 2, 3, 4), {"method": "none"} | double, lora | double | merges),
         ],
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
+        "questions": over(three, *(run | {"elsewhere": True} for run in taught)),
+        "amount": over((1, 2), *fewer),
     }

@@ -78,6 +78,27 @@ def test_data_of_a_seed(small):
     assert len(one[0]) == 10 and one[1:] == (choose, report)
 
 
+def test_fewer_pairs_and_questions_made_of_words(small):
+    train, *held_out = runs.data(1)
+    some = runs.data(1, pairs=20)
+    assert len(set(some[0])) == 20 and {*some[0]} < {*train} and [*some[1:]] == held_out
+    assert runs.data(2, pairs=20)[0] != some[0]
+    words, *same = runs.data(1, queries="words")
+    assert same == held_out and [s for _, s in words] == [s for _, s in train]
+    for query, sentence in words:
+        assert len(query.split()) == 2 and {*query.split()} < {*sentence.split()}
+    both = runs.data(1, queries="both")[0]
+    assert 10 < sum(pair in train for pair in both) < 40
+
+
+def test_words_of_a_sentence():
+    sentence = "Return the n-th root of 2."
+    drawn = {runs.some_words(sentence, runs.random.Random(seed)) for seed in range(20)}
+    assert {len(query.split()) for query in drawn} == {3} and len(drawn) > 15
+    assert {*" ".join(drawn).split()} == {"return", "the", "n-th", "root", "of", "2"}
+    assert len(runs.some_words("One word", runs.random.Random(0)).split()) == 2
+
+
 def test_shuffled_pairs_are_all_wrong(small):
     train, right = runs.data(1, shuffled=True)[0], runs.data(1)[0]
     assert not {*train} & {*right}
@@ -278,6 +299,21 @@ def test_what_two_sets_of_rows_differ_in():
     assert shown["over names"].startswith("0.2 [−") and shown["over seeds"] == (
         "0.2 [0.2, 0.2]"
     )
+
+
+def test_questions_by_hand(monkeypatch):
+    """A sentence is two numbers; there are three functions, two of them answers."""
+    shelf = {"numpy": [("f", "", "F"), ("g", "", "G")], "scipy": [("h", "", "H")]}
+    places = {"to f": (1, 0), "to h": (0, 1), "F": (0.8, 0.6), "G": (1, 0), "H": (0, 1)}
+    table = runs.pd.DataFrame({"question": ["to f", "to h"], "answer": ["f", "h"]})
+    monkeypatch.setattr(runs.pd, "read_csv", lambda file: table)
+    monkeypatch.setattr(runs, "documented", lambda: shelf)
+    monkeypatch.setattr(
+        search,
+        "embed",
+        lambda m, t, some: torch.tensor([places[s] for s in some]) * 1.0,
+    )
+    assert runs.asked(None, None) == [2, 1]  # G is as near to "to f" as can be
 
 
 def test_everyday_sentences_are_sixty_and_all_different():
