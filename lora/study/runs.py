@@ -614,5 +614,5 @@ def studies():
         ],
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
         "questions": over(three, *(run | {"elsewhere": True} for run in taught)),
-        "amount": over((1, 2), *fewer),
+        "amount": over(five, *fewer),
     }
