@@ -46,6 +46,7 @@ DEFAULTS = {
     "base": "float32",  # or one of formats.LEVELS, with scales for blocks of
     "block": 64,
     "double": False,  # of NF4: whether its scales are in few bits, too
+    "precision": "float32",  # or another of PRECISIONS
     "libraries": list(TRAINED),  # whose pairs are trained on
     "pairs": 0,  # how many of them, drawn with the seed; 0 is all
     "queries": "names",  # or "words" of the sentence, or "both": see data
@@ -67,6 +68,9 @@ VARIANTS = {
     "LoRA-FA": lambda m, *s: variants.inject(m, variants.LoRAFALinear, *s),
     "VeRA": lambda m, t, r, a: variants.inject_vera(m, t, r, torch.initial_seed()),
 }
+# What is stored or computed in bfloat16 in a run: the products while it trains
+# ("autocast"), the base, or the base and the adapters.
+PRECISIONS = "float32", "autocast", "bfloat16 base", "bfloat16 base and adapters"
 KS = (1, 2, 4, 8, 16, 32, 64, 384)  # directions of a change that a row tells about
 KEYS = [*DEFAULTS, "cut", "merged", "composed"]  # what tells two rows of a study apart
 # Between processors, training in float32 goes other ways: what may lie between the mean
@@ -80,6 +84,8 @@ def prepare(model, settings):
     Where the base is to be in few bits, its linear layers are rounded to them before.
     """
     core.freeze_all(model)
+    if "base" in settings["precision"]:
+        model.to(torch.bfloat16)
     if settings["base"] != "float32":
         for layer in layers(model).values():
             layer.weight.data = few_bits(layer.weight, settings)
@@ -95,6 +101,8 @@ def prepare(model, settings):
         if settings["init"] == "kaiming":
             for wrapper in wrappers:
                 nn.init.kaiming_uniform_(wrapper.A, a=math.sqrt(5))
+        if "adapters" in settings["precision"]:
+            model.to(torch.bfloat16)
 
 
 def few_bits(weight, settings):
@@ -194,13 +202,16 @@ def make_run(**settings):
     of each step, the time of a step in forward passes of the base ("step_time"), and
     the "device" that it was made on: PyTorch's default. What is tried elsewhere stands
     under "asked", "everyday" and "nats".
-    Raises ValueError for a setting that there is none of, or "double" without NF4.
+    Raises ValueError for a setting or a precision that there is none of, or "double"
+    without NF4.
     """
     if strange := settings.keys() - DEFAULTS.keys():
         raise ValueError(f"settings are {[*DEFAULTS]}, got {sorted(strange)}")
     settings = DEFAULTS | settings
     if settings["double"] and settings["base"] != "NF4":
         raise ValueError(f"double is for NF4, got the base {settings['base']!r}")
+    if settings["precision"] not in PRECISIONS:
+        raise ValueError(f"precision is of {PRECISIONS}, got {settings['precision']!r}")
     seed = settings["seed"]
     tokenizer, model = search.load_minilm()
     of_data = ("libraries", "shuffled", "pairs", "queries")
@@ -217,16 +228,18 @@ def make_run(**settings):
         steps, lr, decay = (settings[name] for name in ("steps", "lr", "decay"))
         plus = settings["variant"] == "LoRA+"
         groups = variants.loraplus_groups(model, lr) if plus else None
-        losses = search.fine_tune(
-            model,
-            tokenizer,
-            train,
-            steps,
-            lr,
-            seed=seed,
-            weight_decay=decay,
-            groups=groups,
-        )
+        products = settings["precision"] == "autocast"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=products):
+            losses = search.fine_tune(
+                model,
+                tokenizer,
+                train,
+                steps,
+                lr,
+                seed=seed,
+                weight_decay=decay,
+                groups=groups,
+            )
     seconds = (time.process_time() - start) / max(1, len(losses))
     row = settings | {"versions": versions(), "device": model.device.type}
     row["step_time"] = round(seconds / min(clock), 2)
@@ -591,6 +604,8 @@ def studies():
     placed = [(attention, 18), (mlp, 14), (last, 24)]
     taught = [lora | {"queries": queries} for queries in ("names", "words", "both")]
     taught += [full | {"queries": "words"}, {"method": "none"}]
+    half = [lora | {"precision": precision} for precision in PRECISIONS[1:]]
+    half += [{"method": "none", "precision": PRECISIONS[2]}]
     fewer = [run | {"pairs": n} for run in (lora, full) for n in (50, 200, 1_000)]
     return {
         "rates": over((0, 6), *grid),
@@ -615,4 +630,5 @@ def studies():
         "layers": over(five, *(lora | {"targets": t, "rank": r} for t, r in placed)),
         "questions": over(three, *(run | {"elsewhere": True} for run in taught)),
         "amount": over(five, *fewer),
+        "half": over(five, *half),
     }

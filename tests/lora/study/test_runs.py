@@ -205,6 +205,21 @@ def test_nf4_with_its_scales_in_few_bits(small):
         runs.make_run(method="none", base="int4", double=True)
 
 
+def test_what_is_in_bfloat16(small):
+    """The base, the adapters too, or the products only, which what is trained shows."""
+    float32, bfloat16, trained = torch.float32, torch.bfloat16, []
+    kinds = [{float32}, {float32}, {float32, bfloat16}, {bfloat16}]
+    for precision, dtypes in zip(runs.PRECISIONS, kinds, strict=True):
+        _, model, _ = runs.make_run(precision=precision, steps=1, lr=0.1)
+        assert {p.dtype for p in model.parameters()} == dtypes, precision
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in adapters} == {max(dtypes, key=lambda d: d.itemsize)}
+        trained.append(adapters[-1].detach().float())
+    assert not any(torch.equal(trained[0], other) for other in trained[1:])
+    with pytest.raises(ValueError, match="precision is of .*, got 'half'"):
+        runs.make_run(precision="half")
+
+
 def test_a_setting_that_there_is_none_of_is_refused(small):
     with pytest.raises(ValueError, match=r"settings are \['method', .*got \['ranks'\]"):
         runs.make_run(ranks=4)
