@@ -132,11 +132,12 @@ def commit():
 def results(jobs):
     """The rows of each job as soon as they are made, with a line that says so.
 
-    A process makes a few: to read the libraries takes as long as a short run.
+    Processes are kept (to read the libraries takes as long as a short run), and not made
+    anew after some jobs: Python 3.11 may then wait for ever (cpython#115634).
     """
     workers = int(os.environ.get("WORKERS", "2"))
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(workers, context) as pool:
         futures = [pool.submit(one, job) for job in jobs]
         for n, future in enumerate(as_completed(futures), 1):
             (study, settings), rows, seconds = future.result()
