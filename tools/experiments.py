@@ -132,8 +132,8 @@ def commit():
 def results(jobs):
     """The rows of each job as soon as they are made, with a line that says so.
 
-    Processes are kept (to read the libraries takes as long as a short run), and not made
-    anew after some jobs: Python 3.11 may then wait for ever (cpython#115634).
+    Processes are kept: to read the libraries takes as long as a short run, and a pool
+    that makes new ones after some jobs may wait for ever (python/cpython#115634).
     """
     workers = int(os.environ.get("WORKERS", "2"))
     context = get_context("spawn")

@@ -38,6 +38,11 @@ def interval(values, level=0.95):
     return float(values.mean()), float(low), float(high)
 
 
+def shown(mean, low, high):
+    """What `interval` gives as a text, "1.5 [1.0, 2.0]", its minus a real one."""
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace("-", "\N{MINUS SIGN}")
+
+
 def clustered(values, clusters, level=0.95):
     """The mean of n values and its interval where those of a cluster hang together.
 

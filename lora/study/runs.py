@@ -22,7 +22,7 @@ from lora import bases, core, formats, nf4, variants
 from lora.rank import energy, rank_for_energy, truncate
 from lora.study import search
 from lora.study.docstrings import LIBRARIES, docstring_pairs, documented, split
-from lora.study.evidence import Verdict, clustered, interval
+from lora.study.evidence import Verdict, clustered, interval, shown
 
 FOLDER = Path(__file__).parent / "data"
 DATA = FOLDER / "runs.jsonl"
@@ -327,10 +327,7 @@ def is_ahead(first, second, libraries=TRAINED):
 
 def both(first, second, libraries=TRAINED):
     """`compared` as columns of a table, each a text like "1.5 [1.0, 2.0]"."""
-    texts = (
-        f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
-        for mean, low, high in compared(first, second, libraries)
-    )
+    texts = (shown(*entry) for entry in compared(first, second, libraries))
     return dict(zip(("over names", "over seeds"), texts))
 
 
@@ -604,7 +601,7 @@ def studies():
     placed = [(attention, 18), (mlp, 14), (last, 24)]
     taught = [lora | {"queries": queries} for queries in ("names", "words", "both")]
     taught += [full | {"queries": "words"}, {"method": "none"}]
-    # The same rules under PEFT's start, and one more rate at either end for both starts.
+    # The same rules under PEFT's start; for both starts one more rate at either end.
     wide = (2.5e-4, *rates["lora"], 8e-3)
     starts = [
         run | {"init": init, "lr": lr}
