@@ -217,6 +217,21 @@ def check_not_parallel(model):
         raise ValueError(f"{message}: change the model itself, then wrap it again")
 
 
+@runtime_checkable
+class Update(Protocol):
+    """What can be added to a weight, as `lora.core.LowRankUpdate`."""
+
+    def add_to(self, W): ...
+
+
+def check_one_way(model, wrapper):
+    """Raise ValueError if updates are in `model` that stand in no `wrapper`."""
+    its = find(model, (wrapper, Update)) if wrapper else {}
+    if beside := [name for name, m in its.items() if not isinstance(m, wrapper)]:
+        message = "put there by add_adapter: use add_adapter throughout"
+        raise ValueError(f"{listed(beside)}: {message}")
+
+
 def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
     """Qualified name -> base, of the layers to adapt: all, or those that are named.
 
@@ -224,13 +239,14 @@ def choose(model, targets=None, exclude=None, kind=nn.Linear, wrapper=()):
     expressions. A base that is inside a `wrapper` already stands under its name. A
     layer whose weight another module uses is left out, with a warning, and without
     `targets` a warning says which matrices are in no linear layer. Raises ValueError if
-    `model` is itself a layer, is wrapped by DistributedDataParallel, or none is left,
-    TypeError if one is no base.
+    `model` is itself a layer, is wrapped by DistributedDataParallel, has adapters that
+    stand in no `wrapper`, or none is left, TypeError if one is no base.
     """
     if isinstance(model, kinds()):
         name = type(model).__name__
         raise ValueError(f"cannot replace the root {name}: pass what holds it")
     check_not_parallel(model)
+    check_one_way(model, wrapper)
     layers = layers_of(model, kind, wrapper)
     wanted = matching("targets", targets, layers) if targets is not None else [*layers]
     if exclude is not None:
@@ -326,10 +342,14 @@ def other_matrices(model, layers):
 def check_unshared(model, wrappers):
     """Raise ValueError if `model` uses the base of a wrapper elsewhere, too.
 
-    `wrappers`: qualified name -> wrapper. A merge would change what is shared.
+    `wrappers`: qualified name -> wrapper. A merge would change what is shared. So it is
+    for an update that has no base of its own, one of several beside a layer.
     """
     count = uses(model)
-    for name, base in ((n, wrapper.base) for n, wrapper in wrappers.items()):
+    for name, wrapper in wrappers.items():
+        if (base := getattr(wrapper, "base", None)) is None:
+            message = "merge_adapter merges what add_adapter has put there"
+            raise ValueError(f"cannot merge {name} by merge_lora: {message}")
         if max(count[part] for part in (base, *base.parameters())) > 1:
             raise ValueError(f"cannot merge {name}: another module shares its base")
         check_base(name, base)

@@ -130,7 +130,7 @@ def merge_lora(module):
     """
     if isinstance(module, LoRALinear):
         return module.merged()
-    wrappers = bases.find(module, LoRALinear)
+    wrappers = bases.find(module, LowRankUpdate)
     bases.check_unshared(module, wrappers)
     merged = {wrapper: wrapper.merged(name) for name, wrapper in wrappers.items()}
     for name, wrapper in wrappers.items():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lora import bases, checks, peft_files
+from lora.adapters import Adapters
 from lora.core import LoRALinear, count_total, count_trainable, freeze_all
 
 
@@ -178,7 +179,7 @@ def left_out(model):
     A parameter of three dimensions, such as the experts' of a layer, counts as that
     many matrices.
     """
-    wrappers = bases.find(model, (LoRALinear, TokenRows)).values()
+    wrappers = bases.find(model, (LoRALinear, TokenRows, Adapters)).values()
     adapted = {wrapper.base for wrapper in wrappers}
     inside = {m for wrapper in wrappers for m in wrapper.modules()}
     left, matrices, seen = Counter(), Counter(), set()

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora import core, freeze_all, inject_lora
+from lora import core, freeze_all, inject_lora, merge_lora, variants
 from lora.adapters import (
     EVERYWHERE,
     HERE,
@@ -878,11 +878,24 @@ def test_adapters_given_to_parts_are_refused():
         set_adapter(nn.Sequential(*parts), "a")
 
 
-@pytest.mark.parametrize("first", ["inject", "add"])
-def test_layers_that_are_wrapped_by_inject_lora_are_refused(first):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (merge_lora, "cannot merge .*query.* by merge_lora: merge_adapter merges"),
+        (inject_lora, "query.*: put there by add_adapter: use add_adapter throughout"),
+        (lambda m: variants.inject(m, variants.DoRALinear), "put there by add_adapter"),
+        (variants.inject_vera, "put there by add_adapter"),
+    ],
+)
+def test_adapters_are_not_mixed_with_another_method(model, method, message):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        method(model)
+    assert same(before, snapshot(model))
+
+
+def test_layers_that_are_wrapped_by_inject_lora_are_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    if first == "add":
-        add_adapter(model, "a")
-    core.inject_lora(model, targets="1.base" if first == "add" else "1")
+    core.inject_lora(model, targets="1")
     with pytest.raises(ValueError, match="wrapped by inject_lora; merge_lora first"):
         add_adapter(model, "b", "1")

@@ -406,6 +406,14 @@ def test_experts_are_left_and_counted():
     )
 
 
+def test_layers_with_several_adapters_are_adapted():
+    model = freeze(nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 3)]))
+    for name in "ab":
+        add_adapter(model, name, "0", rank=1)
+    text = layers.left_out(model)
+    assert text.startswith("adapts 1 of 2 matrices; left: 1 in 1 Linear; 0 of ")
+
+
 def test_a_convolution_counts_as_one_matrix():
     """Its weight has three or four dimensions, and one W."""
     model = freeze(nn.ModuleList([nn.Conv1d(2, 3, 5), nn.Conv2d(2, 3, 5)]))
