@@ -601,20 +601,6 @@ def studies():
     placed = [(attention, 18), (mlp, 14), (last, 24)]
     taught = [lora | {"queries": queries} for queries in ("names", "words", "both")]
     taught += [full | {"queries": "words"}, {"method": "none"}]
-    # The same rules under PEFT's start; for both starts one more rate at either end.
-    wide = (2.5e-4, *rates["lora"], 8e-3)
-    starts = [
-        run | {"init": init, "lr": lr}
-        for init in ("kaiming", "randn / r")
-        for run in (lora, *alpha[:: len(rates["lora"])])
-        for lr in wide
-        if init == "kaiming" or lr not in rates["lora"]
-    ]
-    places = [
-        lora | {"targets": targets, "rank": rank, "lr": lr}
-        for targets, rank in placed
-        for lr in rates["lora"][1:]
-    ]
     half = [lora | {"precision": precision} for precision in PRECISIONS[1:]]
     half += [{"method": "none", "precision": PRECISIONS[2]}]
     fewer = [run | {"pairs": n} for run in (lora, full) for n in (50, 200, 1_000)]
@@ -642,6 +628,4 @@ def studies():
         "questions": over(three, *(run | {"elsewhere": True} for run in taught)),
         "amount": over(five, *fewer),
         "half": over(five, *half),
-        "places": over((0, 6), *places),
-        "starts": over((0, 6), *starts),
     }

@@ -260,7 +260,9 @@ def test_rows_hold_what_the_chapters_read(rows):
         assert {len(ranks) for ranks in row["chosen"].values()} == {50}
         steps = 0 if row["method"] == "none" else row["steps"]
         assert len(row["losses"]) == steps
-        assert all(0 < loss < 10 for loss in row["losses"])
+        by_heart = row.get("pairs") == 50  # then a loss is rounded to zero
+        assert all(by_heart or loss > 0 for loss in row["losses"])
+        assert all(0 <= loss < 10 for loss in row["losses"])
         if row["method"] == "full" and row["study"] != "rates":
             assert len(row["energy"]) == len(row["rank_90"]) == 36
             assert all(e == sorted(e) and e[-1] == 1 for e in row["energy"].values())
