@@ -50,6 +50,7 @@ def start():
     first = register.chapters()[0]
     return f"""<p class="start">
 <a class="button main" href="{first.path.stem}.html">Start reading</a>
+<a class="button" href="recipe.html">Fine-tune tomorrow</a>
 <a class="button" href="{register.colab(first.path)}">Run on Colab</a>
 {paper(f"../{PDF.name}", "button")}
 </p>"""

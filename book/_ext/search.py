@@ -13,14 +13,18 @@ from bs4 import BeautifulSoup
 # The reader's word -> the book's words. Stems, as `search.js` cuts them.
 SYNONYMS = {
     "accelerator": ["gpu"],
+    "alpha": ["α"],
     "amp": ["bfloat16", "precision"],
     "checkpoint": ["save", "file"],
     "combin": ["sum", "add", "merge"],
     "comput": ["operations"],
+    "dataset": ["examples", "pairs"],
     "deploy": ["merge", "serve"],
     "doubl": ["twice"],
+    "endless": ["stop", "end"],
     "fit": ["gb", "memory"],
     "forget": ["lost", "keeps"],
+    "generation": ["stop", "writes"],
     "hyperparameter": ["rate", "scale"],
     "initialization": ["start", "kaiming"],
     "initializ": ["start", "kaiming"],
@@ -31,6 +35,7 @@ SYNONYMS = {
     "mix": ["mixed", "precision"],
     "module": ["layers", "target"],
     "multi": ["many", "several"],
+    "ollama": ["llama"],
     "overfitting": ["overfit"],
     "overhead": ["operations"],
     "parallel": ["ddp"],
@@ -45,8 +50,10 @@ SYNONYMS = {
     "tip": ["rule", "keep"],
     "vram": ["gb", "memory"],
     "zero": ["0"],
+    "α": ["alpha"],
 }
-STOP = "a an and are can do does for how i in is it many much my of on or the to what"
+STOP = "a an and are can do does for how i in is it many much my need of on or should "
+STOP += "that the to use what with you your"
 TEX = re.compile(r"\\[()\[\]]|\\[a-zA-Z]+|[{}$\\]")
 NAMES = re.compile(r"\b[a-z]\w*_\w+|\b[A-Z]\w+[A-Z]\w*")
 
@@ -64,12 +71,13 @@ def sections(page, uri):
         heading = title.get_text()
         for tag in [title, *part.select("details.hide, pre")]:
             tag.decompose()
+        text = part.get_text(" ").replace(r"\alpha", "α")
         yield {
             "url": f"{uri}#{part['id']}",
             "page": page_title,
             "title": heading,
             "names": " ".join(dict.fromkeys(NAMES.findall(code))),
-            "text": " ".join(TEX.sub("", part.get_text(" ")).split()),
+            "text": " ".join(TEX.sub("", text).split()),
         }
         part.extract()
 

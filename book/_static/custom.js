@@ -58,3 +58,7 @@ for (const link of document.querySelectorAll('.bd-article p > a:only-child[href*
     button.ariaExpanded = String(!open);
   });
 }
+
+// On a phone the contents are a dialog, which stays open over the section one chose.
+for (const contents of document.querySelectorAll("dialog[id$=sidebar-modal]"))
+  contents.addEventListener("click", (event) => event.target.closest("a") && contents.close());

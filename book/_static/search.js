@@ -32,7 +32,12 @@
       text.replaceWith(...parts, text.data.slice(end));
     }
     const section = url.hash && document.getElementById(decodeURIComponent(url.hash.slice(1)));
-    const first = (section || article).querySelector("mark") ?? article.querySelector("mark");
+    // To the word that is rarest there: "70b", not the first "memory".
+    const marks = [section || article, article].map((part) => [...part.querySelectorAll("mark")])
+      .find((some) => some.length) ?? [];
+    const word = (mark) => words.find((w) => mark.textContent.toLowerCase().startsWith(w.toLowerCase()));
+    const often = (mark) => marks.filter((other) => word(other) === word(mark)).length;
+    const first = marks.reduce((best, mark) => best && often(best) <= often(mark) ? best : mark, null);
     for (let fold = first; fold; fold = fold.parentElement) if (fold.matches("details")) fold.open = true;
     const go = () => first?.scrollIntoView({ block: "center", behavior: "instant" });
     // Formulas and pictures move the text; a reader's own scrolling ends it.
@@ -79,6 +84,7 @@
 
   const find = async (query) => {
     const { synonyms, stop, sections, known } = await load();
+    query = query.replace(/\p{L}+['’]t\b/giu, "");  // won't, doesn't: "won" is another word
     const typed = split(query);
     const terms = typed.filter((word) => !stop.includes(word));
     if (!terms.length) return [];
@@ -113,7 +119,7 @@
   };
   window.findSections = find;  // for the tests
 
-  const show = (list, hits) => {
+  const show = (list, hits, asked) => {
     list.replaceChildren(...hits.map(({ section, words }) => {
       const item = document.createElement("li");
       const link = item.appendChild(document.createElement("a"));
@@ -128,6 +134,12 @@
       text.textContent = `${start ? "…" : ""}${section.text.slice(start, start + 170).trim()}…`;
       return item;
     }));
+    if (asked && !hits.length) {
+      const none = list.appendChild(document.createElement("li"));
+      const link = none.appendChild(document.createElement("a"));
+      link.href = new URL("book/questions.html", root);
+      link.textContent = "Nothing found. Perhaps among the questions?";
+    }
   };
 
   for (const form of document.querySelectorAll("form.bd-search, .bd-article form")) {
@@ -140,8 +152,8 @@
     if (here) results.replaceChildren(list);
     else form.after(list);
     input.addEventListener("focus", load);
-    input.addEventListener("input", async () => show(list, await find(input.value)));
+    input.addEventListener("input", async () => show(list, await find(input.value), input.value.trim()));
     if (here) input.value = new URLSearchParams(location.search).get("q") ?? "";
-    if (here && input.value) find(input.value).then((hits) => show(list, hits));
+    if (here && input.value) find(input.value).then((hits) => show(list, hits, input.value));
   }
 }

@@ -5,7 +5,7 @@ import re
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools.kit.notebooks import FOLDED, faults, has
+from tools.kit.notebooks import FOLDED, faults, has, minutes
 from tools.kit.register import REPOSITORY, ROOT, executed, notebooks
 from tools.run import exports, written
 
@@ -69,6 +69,16 @@ def test_a_chapter_has_rules_to_keep(name):
     written = "\n".join(c.source for c in cells if c.cell_type == "markdown")
     rules = re.findall(r"^> \*\*Rule to keep\.\*\* (.+)", written, re.MULTILINE)
     assert rules, f"{name}: no blockquote that begins with **Rule to keep.**"
+
+
+READING = {30: "thirty", 35: "thirty-five", 40: "forty", 45: "forty-five"}
+
+
+@each
+def test_the_time_to_read_is_that_of_the_landing_page(name):
+    text = "\n".join(c.source for c in NOTEBOOKS[name].cells)
+    (said,) = re.findall(r"\*\*It takes\*\* ([\w-]+) minutes to read", text)
+    assert said == READING[minutes(NOTEBOOKS[name])]
 
 
 def test_chapters_open_alike():

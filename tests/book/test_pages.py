@@ -647,6 +647,20 @@ def test_the_browser_chooses_the_figure_for_its_width(page, site, soup, width, c
 
 
 SEARCHES = (ROOT / "tests/book/searches.csv").read_text().splitlines()[1:]
+SEARCHES += [  # other words for what is asked there
+    "lora layer pytorch,02-implementation,detour",
+    "how to write a lora layer,02-implementation,detour",
+    "double rank alpha,0,twice",
+    "double alpha,0,rate",
+    "model won't stop,07-a-language-model,end token",
+    "my chat model never stops,07-a-language-model,end token",
+    "endless generation,07-a-language-model,end token",
+    "what learning rate should i use,0,ten times",
+    "dora vs lora,08-other-layers-other-updates,DoRA",
+    "dataset size,0,pairs",
+    "training data size,0,pairs",
+    "ollama,07-a-language-model,llama",
+]
 
 
 @pytest.mark.parametrize("line", SEARCHES)
