@@ -19,6 +19,10 @@ DATAFRAME = re.compile(r'<table border="1" class="dataframe">.*</table>', re.DOT
 LONG = re.compile(r"(?<=>)[a-z][\w.*=]{15,}(?=</th>)")  # a name in code
 MINUS = re.compile(r"(?<![\w)\].-])-(?=\.?\d)")
 NUMBER = re.compile(r"[<≈]?\s*[+−±]?\.?\d[^A-Za-z→]*\s?[A-Za-z]{0,3}|nan|[-–—]?")
+POINT = re.compile(
+    r'(<span class="math notranslate nohighlight">[^<]*</span>)([,.;:!?)]+)'
+)
+PLAIN = re.compile(r'<code[^>]*><span class="pre">([−+]?[\d.,]+)</span></code>')
 NOTE = re.compile(r"<details>(?=\s*<summary>Fine print</summary>)")
 RULE = "Rule to keep."
 FRAME = '<div class="table-frame" role="region" tabindex="0" aria-label="{}">'
@@ -150,6 +154,9 @@ def tidy(table):
         if cells and all(NUMBER.fullmatch(c.get_text().strip()) for c in cells):
             for cell in column:
                 cell["class"] = "number"
+    words = " ".join(row.find(["th", "td"]).get_text() for row in rows).split()
+    if max(map(len, words), default=0) < 18:  # none is broken on a phone
+        table["class"] = [*table["class"], "words"]
     for cell in table.thead.find_all("th"):
         if not cell.get_text():
             cell.name = "td"  # it heads nothing
@@ -228,10 +235,14 @@ def number_chapters_only(app, env):
 
 
 def finish_body(app, pagename, templatename, context, doctree):
-    """Tables written in Markdown scroll as DataFrames do; figures know the dark."""
-    parts = context.get("body", "").split(
-        '<div class="pst-scrollable-table-container">'
-    )
+    """Tables written in Markdown scroll as DataFrames do; figures know the dark.
+
+    A formula keeps the point after it on its line. A number is set as one, also where
+    its source is code.
+    """
+    body = POINT.sub(r'<span class="nowrap">\1\2</span>', context.get("body", ""))
+    body = PLAIN.sub(r"\1", body)
+    parts = body.split('<div class="pst-scrollable-table-container">')
     for i in range(1, len(parts)):
         parts[i] = FRAME.format(f"Unnumbered table {i}") + parts[i]
     context["body"] = "".join([*parts, DARK])
