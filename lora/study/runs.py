@@ -601,6 +601,24 @@ def studies():
     placed = [(attention, 18), (mlp, 14), (last, 24)]
     taught = [lora | {"queries": queries} for queries in ("names", "words", "both")]
     taught += [full | {"queries": "words"}, {"method": "none"}]
+    # The same rules under PEFT's start, and where the best rate lay at an end.
+    starts = [
+        run | {"init": "kaiming", "lr": lr}
+        for run in (lora, *alpha[:: len(rates["lora"])])
+        for lr in (1e-3, 2e-3, 4e-3, 8e-3)
+    ]
+    starts += [
+        {"method": "lora", "rank": r, "scale": scale, "lr": lr}
+        for r, scale, lr in (
+            *((1, 8.0, 1.25e-4), (1, 8.0, 2.5e-4), (1, 2.8284, 2.5e-4)),
+            (64, 0.125, 8e-3),
+        )
+    ]
+    places = [
+        lora | {"targets": targets, "rank": rank, "lr": lr}
+        for targets, rank in placed
+        for lr in rates["lora"][1:]
+    ]
     half = [lora | {"precision": precision} for precision in PRECISIONS[1:]]
     half += [{"method": "none", "precision": PRECISIONS[2]}]
     fewer = [run | {"pairs": n} for run in (lora, full) for n in (50, 200, 1_000)]
@@ -628,4 +646,6 @@ def studies():
         "questions": over(three, *(run | {"elsewhere": True} for run in taught)),
         "amount": over(five, *fewer),
         "half": over(five, *half),
+        "places": over((0, 6), *places),
+        "starts": over((0, 6), *starts),
     }
