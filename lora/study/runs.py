@@ -5,6 +5,7 @@ and writes a row for each run into `lora/study/data/runs.jsonl`; `recorded` read
 and a chapter makes some of them again. Chapter 4 of the book builds this file.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -12,11 +13,14 @@ import math
 import random
 import re
 import time
+from collections import deque
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.optim import optimizer
 
 from lora import bases, core, formats, nf4, variants
 from lora.rank import energy, rank_for_energy, truncate
@@ -53,8 +57,22 @@ DEFAULTS = {
     "elsewhere": False,  # whether questions and everyday sentences are tried, too
     "start": 0,  # adapters of one seed that start from other A's
     "variant": "lora",  # or another of VARIANTS
+    "schedule": "up and down",  # or another of SCHEDULES
+    "batch": 32,
+    "clip": 0.0,  # the largest norm of all gradients together; 0 is none
+    "average": 0,  # over the last so many steps; 0 takes the weights of the last
     "seed": 0,
 }
+
+
+class DroppedOut(core.LoRALinear):
+    """LoRA with dropout of a tenth on the update's input while gradients are made."""
+
+    def forward(self, x):
+        thinned = F.dropout(x, 0.1, training=torch.is_grad_enabled())
+        return core.LowRankUpdate.forward(self, thinned, self.base(x))
+
+
 # How each variant is put into a model: (model, targets, rank, alpha) -> wrappers. That
 # of LoRA+ is in the rates of its optimizer.
 VARIANTS = {
@@ -66,7 +84,15 @@ VARIANTS = {
     "PiSSA": lambda m, *s: variants.inject(m, variants.PiSSALinear, *s),
     "DoRA": lambda m, *s: variants.inject(m, variants.DoRALinear, *s),
     "LoRA-FA": lambda m, *s: variants.inject(m, variants.LoRAFALinear, *s),
+    "dropout": lambda m, *s: variants.inject(m, DroppedOut, *s),
     "VeRA": lambda m, t, r, a: variants.inject_vera(m, t, r, torch.initial_seed()),
+}
+# The share of the rate at step t of n.
+SCHEDULES = {
+    "up and down": search.up_and_down,
+    "cosine": lambda t, n: min(10 * (t + 1) / n, (1 + math.cos(math.pi * t / n)) / 2),
+    "constant": lambda t, n: min(10 * (t + 1) / n, 1),
+    "no warm-up": lambda t, n: 1 - t / n,
 }
 # What is stored or computed in bfloat16 in a run: the products while it trains
 # ("autocast"), the base, or the base and the adapters.
@@ -229,16 +255,19 @@ def make_run(**settings):
         plus = settings["variant"] == "LoRA+"
         groups = variants.loraplus_groups(model, lr) if plus else None
         products = settings["precision"] == "autocast"
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=products):
+        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=products)
+        with autocast, beside_steps(model, settings["clip"], settings["average"]):
             losses = search.fine_tune(
                 model,
                 tokenizer,
                 train,
                 steps,
                 lr,
-                seed=seed,
+                settings["batch"],
+                seed,
                 weight_decay=decay,
                 groups=groups,
+                schedule=SCHEDULES[settings["schedule"]],
             )
     seconds = (time.process_time() - start) / max(1, len(losses))
     row = settings | {"versions": versions(), "device": model.device.type}
@@ -249,6 +278,38 @@ def make_run(**settings):
     if settings["elsewhere"]:
         row |= {"asked": asked(model, tokenizer)} | everyday(model, tokenizer)
     return tokenizer, model, row
+
+
+@contextlib.contextmanager
+def beside_steps(model, clip, average):
+    """While it is open, any optimizer's steps also clip, and the last are averaged.
+
+    All gradients of `model` together get a norm of `clip` at most; in the end the
+    trained numbers are their means after the last `average` steps. Zero is neither.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    recent = deque(maxlen=average)
+
+    def before(*_):
+        if clip:
+            nn.utils.clip_grad_norm_(trained, clip)
+
+    def after(*_):
+        if average:
+            recent.append([p.detach().clone() for p in trained])
+
+    hooks = (
+        optimizer.register_optimizer_step_pre_hook(before),
+        optimizer.register_optimizer_step_post_hook(after),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if average:
+        for p, values in zip(trained, zip(*recent)):
+            p.data = torch.stack(values).mean(0)
 
 
 def versions():
@@ -601,6 +662,45 @@ def studies():
     placed = [(attention, 18), (mlp, 14), (last, 24)]
     taught = [lora | {"queries": queries} for queries in ("names", "words", "both")]
     taught += [full | {"queries": "words"}, {"method": "none"}]
+    # The same rules under PEFT's start, and where the best rate lay at an end.
+    starts = [
+        run | {"init": "kaiming", "lr": lr}
+        for run in (lora, *alpha[:: len(rates["lora"])])
+        for lr in (1e-3, 2e-3, 4e-3, 8e-3)
+    ]
+    starts += [
+        {"method": "lora", "rank": r, "scale": scale, "lr": lr}
+        for r, scale, lr in (
+            *((1, 8.0, 1.25e-4), (1, 8.0, 2.5e-4), (1, 2.8284, 2.5e-4)),
+            (64, 0.125, 8e-3),
+        )
+    ]
+    # Each variant at rates around its best, then at its best; VeRA's vectors are few.
+    tried = {
+        "rsLoRA": (5e-4, 1e-3, 2e-3),
+        "LoRA+": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
+        "PiSSA": (2.5e-4, 5e-4, 1e-3, 2e-3),
+        "DoRA": (1e-3, 2e-3, 4e-3),
+        "LoRA-FA": (2e-3, 4e-3, 8e-3),
+        "VeRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    }
+    own_rank = {name: 256 if name == "VeRA" else 8 for name in tried}
+    entries = [
+        {"method": "lora", "variant": name, "rank": own_rank[name], "lr": lr}
+        for name, some in tried.items()
+        for lr in some
+    ]
+    dials = [{"schedule": name} for name in SCHEDULES if name != DEFAULTS["schedule"]]
+    dials += [{"batch": 16, "steps": 96}, {"batch": 64, "steps": 24}]
+    dials += [{"decay": decay} for decay in (0.0, 0.1, 1.0)]
+    dials += [{"scale": scale} for scale in (0.5, 2.0)]
+    dials += [{"init": "kaiming"}, {"variant": "dropout"}, {"clip": 1.0}]
+    dials += [{"average": 12}, {"average": 12, "schedule": "constant"}]
+    places = [
+        lora | {"targets": targets, "rank": rank, "lr": lr}
+        for targets, rank in placed
+        for lr in rates["lora"][1:]
+    ]
     half = [lora | {"precision": precision} for precision in PRECISIONS[1:]]
     half += [{"method": "none", "precision": PRECISIONS[2]}]
     fewer = [run | {"pairs": n} for run in (lora, full) for n in (50, 200, 1_000)]
@@ -628,4 +728,8 @@ def studies():
         "questions": over(three, *(run | {"elsewhere": True} for run in taught)),
         "amount": over(five, *fewer),
         "half": over(five, *half),
+        "places": over((0, 6), *places),
+        "starts": over((0, 6), *starts),
+        "race rates": over((0, 6), *entries),
+        "dials": over(three, *(lora | dial for dial in dials)),
     }

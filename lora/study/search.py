@@ -157,6 +157,11 @@ def contrastive_loss(names, sentences):
     return F.cross_entropy(scores, torch.arange(len(names), device=names.device))
 
 
+def up_and_down(t, steps):
+    """The share of the rate at step t: up over a tenth of the steps, down to zero."""
+    return min((t + 1) / max(1, steps // 10), 1 - t / steps)
+
+
 def fine_tune(
     model,
     tokenizer,
@@ -167,21 +172,19 @@ def fine_tune(
     seed=0,
     weight_decay=0.01,
     groups=None,
+    schedule=up_and_down,
 ):
     """Train what requires a gradient, in place; return the loss of each step, a list.
 
-    AdamW, its rate rising to `lr` over a tenth of the steps and falling to zero, on
-    `steps` batches of `batch` (name, sentence) pairs, drawn with `seed`. `groups`:
-    parameters with rates of their own, as an optimizer takes them. The model is used in
-    the mode that it is in: `load_minilm` returns it without dropout. A bar shows the
-    progress unless the variable TQDM_DISABLE is set.
+    AdamW, its rate `schedule(t, steps)` times `lr`, on `steps` batches of `batch`
+    (name, sentence) pairs, drawn with `seed`. `groups`: parameters with rates of their
+    own, as an optimizer takes them. The model is used in the mode that it is in:
+    `load_minilm` returns it without dropout. A bar shows the progress unless the
+    variable TQDM_DISABLE is set.
     """
     trained = groups or [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
-    warm = max(1, steps // 10)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / warm, 1 - t / steps)
-    )
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: schedule(t, steps))
     losses = []
     for part in tqdm(islice(batches(pairs, batch, seed), steps), total=steps):
         names, sentences = (

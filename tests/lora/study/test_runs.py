@@ -159,9 +159,71 @@ def test_a_run_and_its_row(small):
     assert other["ranks"] != row["ranks"]
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_gradients_are_clipped_together(clip):
+    """Seen by an optimizer of gradients alone: a step is as long as their norm."""
+    model = nn.Linear(4, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    with runs.beside_steps(model, clip, 0):
+        model(torch.ones(2, 4)).square().sum().backward()
+        full = sum(p.grad.square().sum() for p in model.parameters()) ** 0.5
+        sgd.step()
+    moved = sum((p - q).square().sum() for p, q in zip(model.parameters(), before))
+    expected = clip or full.item()
+    assert moved.item() ** 0.5 == pytest.approx(expected, rel=1e-3) and full > 1
+
+
+def test_the_last_steps_are_averaged_and_the_hooks_go():
+    """A gradient of one, five steps of one: 0, −1, ... −5, of which the last three."""
+    number = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(number.weight)
+    sgd = torch.optim.SGD(number.parameters(), lr=1.0)
+
+    def steps(n):
+        for _ in range(n):
+            number.weight.grad = torch.ones(1, 1)
+            sgd.step()
+
+    with runs.beside_steps(number, 0, 3):
+        steps(5)
+    assert number.weight.item() == -4
+    with pytest.raises(KeyError), runs.beside_steps(number, 1e-9, 3):
+        raise KeyError
+    steps(1)
+    assert number.weight.item() == -5, "no hook is left"
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("up and down", [0.5, 1 - 1 / 20, 1 - 10 / 20, 1 - 19 / 20]),
+        ("cosine", [0.5, 0.9938, 0.5, 0.0062]),
+        ("constant", [0.5, 1, 1, 1]),
+        ("no warm-up", [1, 1 - 1 / 20, 1 - 10 / 20, 1 - 19 / 20]),
+    ],
+)
+def test_schedules(name, rates):
+    """At the first, the second, the middle and the last of twenty steps."""
+    found = [runs.SCHEDULES[name](t, 20) for t in (0, 1, 10, 19)]
+    assert found == pytest.approx(rates, abs=1e-4)
+
+
+def test_dropout_is_for_training(small):
+    _, model, _ = runs.make_run(variant="dropout", rank=2, steps=2, lr=0.05)
+    x, layers = torch.ones(64, 8), runs.bases.find(model, runs.DroppedOut).values()
+    for layer in layers:
+        with torch.no_grad():
+            exact = core.LoRALinear.forward(layer, x)
+            assert torch.equal(layer(x), exact)
+        off = layer(x) - layer.base(x)
+        assert len(off.unique(dim=0)) > 5, "rows lose other entries"
+    assert len(layers) == 6
+
+
 # What a layer of width 8 trains at rank 2; VeRA's vectors are of lengths 2 and 8.
 TRAINS = {"lora": 32, "rsLoRA": 32, "LoRA+": 32, "PiSSA": 32, "LoRA-FA": 16}
-TRAINS |= {"DoRA": 32 + 8, "VeRA": 2 + 8}
+TRAINS |= {"DoRA": 32 + 8, "VeRA": 2 + 8, "dropout": 32}
 
 
 @pytest.mark.parametrize("variant", runs.VARIANTS)
@@ -566,10 +628,13 @@ def test_no_run_is_planned_twice():
     assert Counter(rows).most_common(1)[0][1] == 1
 
 
+CHOOSING = "rates", "alpha", "rule", "places", "starts", "race rates"
+
+
 def test_a_seed_that_chooses_does_not_report():
     for study, entries in runs.studies().items():
         for settings in entries:
-            chooses = study in ("rates", "alpha", "rule")
+            chooses = study in CHOOSING
             assert (settings["seed"] in (0, 6)) == chooses
 
 
