@@ -22,6 +22,8 @@ BLUE, RED, GREEN, ORANGE, SKY, GREY = (
 # One object, one colour, in all chapters: figures, tables, diagrams, the laboratory.
 FROZEN, A, B = GREY, SKY, GREEN
 BASE, LORA, FULL = GREY, BLUE, RED
+# Of a step's memory, beside frozen weights: for the update, and for the backward pass.
+GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS = "#BDB7E3", "#7F76C3", ORANGE, "#CC79A7"
 
 # Widths in inches: of a phone, and of the text on a wide page. NARROW is the type of
 # the output for the phone: notebooks show the other, the book's pages choose.
