@@ -679,6 +679,27 @@ def studies():
             ("kaiming", 1, 2.8284, 1.6e-2),
         )
     ]
+    # Each variant at rates around its best, then at its best; VeRA's vectors are few.
+    tried = {
+        "rsLoRA": (5e-4, 1e-3, 2e-3),
+        "LoRA+": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
+        "PiSSA": (2.5e-4, 5e-4, 1e-3, 2e-3),
+        "DoRA": (1e-3, 2e-3, 4e-3),
+        "LoRA-FA": (2e-3, 4e-3, 8e-3),
+        "VeRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    }
+    own_rank = {name: 256 if name == "VeRA" else 8 for name in tried}
+    entries = [
+        {"method": "lora", "variant": name, "rank": own_rank[name], "lr": lr}
+        for name, some in tried.items()
+        for lr in some
+    ]
+    dials = [{"schedule": name} for name in SCHEDULES if name != DEFAULTS["schedule"]]
+    dials += [{"batch": 16, "steps": 96}, {"batch": 64, "steps": 24}]
+    dials += [{"decay": decay} for decay in (0.0, 0.1, 1.0)]
+    dials += [{"scale": scale} for scale in (0.5, 2.0)]
+    dials += [{"init": "kaiming"}, {"variant": "dropout"}, {"clip": 1.0}]
+    dials += [{"average": 12}, {"average": 12, "schedule": "constant"}]
     places = [
         lora | {"targets": targets, "rank": rank, "lr": lr}
         for targets, rank in placed
@@ -713,4 +734,6 @@ def studies():
         "half": over(five, *half),
         "places": over((0, 6), *places),
         "starts": over((0, 6), *starts),
+        "race rates": over((0, 6), *entries),
+        "dials": over(three, *(lora | dial for dial in dials)),
     }
