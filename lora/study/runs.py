@@ -669,16 +669,20 @@ def studies():
         for lr in (1e-3, 2e-3, 4e-3, 8e-3)
     ]
     starts += [
-        {"method": "lora", "rank": r, "scale": scale, "lr": lr}
-        for r, scale, lr in (
-            *((1, 8.0, 1.25e-4), (1, 8.0, 2.5e-4), (1, 2.8284, 2.5e-4)),
-            (64, 0.125, 8e-3),
+        {"method": "lora", "init": init, "rank": r, "scale": scale, "lr": lr}
+        for init, r, scale, lr in (
+            *(("randn / r", 1, 8.0, lr) for lr in (6.25e-5, 1.25e-4, 2.5e-4)),
+            ("randn / r", 1, 2.8284, 2.5e-4),
+            ("randn / r", 64, 0.125, 8e-3),
+            *(("kaiming", 64, scale, 5e-4) for scale in (0.3536, 1.0)),
+            *(("kaiming", r, 1.0, 1.6e-2) for r in (1, 8)),
+            ("kaiming", 1, 2.8284, 1.6e-2),
         )
     ]
     places = [
         lora | {"targets": targets, "rank": rank, "lr": lr}
         for targets, rank in placed
-        for lr in rates["lora"][1:]
+        for lr in (1e-3, 2e-3, 4e-3, 8e-3)
     ]
     half = [lora | {"precision": precision} for precision in PRECISIONS[1:]]
     half += [{"method": "none", "precision": PRECISIONS[2]}]
