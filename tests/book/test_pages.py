@@ -653,7 +653,6 @@ SEARCHES += [  # other words for what is asked there
     "double alpha,0,rate",
     "model won't stop,07-a-language-model,end token",
     "my chat model never stops,07-a-language-model,end token",
-    "endless generation,07-a-language-model,end token",
     "what learning rate should i use,0,ten times",
     "dora vs lora,08-other-layers-other-updates,DoRA",
     "dataset size,0,pairs",
