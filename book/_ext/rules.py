@@ -16,7 +16,8 @@ class RulesToKeep(SphinxDirective):
             also = any(question == rule.chapter for rule in group)
             lines += [f"**{'Also, from ' * also}{question}**", ""]
             for rule in group:
-                place = f"[{rule.chapter}: {rule.section}]({rule.link})"
+                place = dict.fromkeys((rule.chapter, rule.section))  # one, if equal
+                place = f"[{': '.join(place)}]({rule.link})"
                 lines.append(f"- {rule.text} {place}")
             lines.append("")
         home = nodes.container(classes=["rules"])

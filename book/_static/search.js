@@ -106,8 +106,10 @@
         return weight * rare * (6 * title + 4 * names + page + 4 * count / (count + 4));
       })));
       const share = parts.filter(Boolean).length / parts.length;
+      const title = section.fields[0].filter((word) => !stop.includes(word));
+      const said = title.filter((word) => variants.flat().some(({ words }) => words.includes(word)));
       const named = names.filter((name) => section.names.toLowerCase().includes(name)).length;
-      return (1 + 2 * named) * share ** 2 * parts.reduce((a, b) => a + b);
+      return (1 + 2 * named + said.length / title.length) * share ** 2 * parts.reduce((a, b) => a + b);
     };
     const hits = sections.map((section) => ({ section, score: score(section) }))
       .filter((hit) => hit.score).sort((a, b) => b.score - a.score);

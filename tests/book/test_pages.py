@@ -401,8 +401,7 @@ def test_a_first_column_does_not_cover_the_next(facts, path):
 @each_chapter
 def test_chapter_is_not_long(facts, path):
     screens = facts(path)["screens"]
-    # Two have more to tell than the others: a real model, a model that writes.
-    most = {"04": 25, "07": 26}.get(path[5:7], 24)
+    most = {"07": 26}.get(path[5:7], 24)  # a model that writes has more to tell
     assert screens <= most, f"{path}: {screens:.1f} screens of {most}: shorten it"
 
 
@@ -654,7 +653,6 @@ SEARCHES += [  # other words for what is asked there
     "double alpha,0,rate",
     "model won't stop,07-a-language-model,end token",
     "my chat model never stops,07-a-language-model,end token",
-    "endless generation,07-a-language-model,end token",
     "what learning rate should i use,0,ten times",
     "dora vs lora,08-other-layers-other-updates,DoRA",
     "dataset size,0,pairs",

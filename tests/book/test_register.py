@@ -55,6 +55,7 @@ def test_every_module_has_tests_and_a_chapter():
     shown = {name: listed & known.keys() for name, known in package().items()}
     shown["study.plots"] = {"use_book_style"}  # how figures look: called, not shown
     shown["checks"] = {"check_settings"}  # what no reader need write: linked
+    shown["study.docstrings"] = {"docstring_pairs"}  # where the data are from: linked
     shown["memory"] = {"training_memory"}  # as a calculator, tried in recipe-run
     assert not list(faults(sources(), tested, owned, shown))
     (orphan,) = faults(["new"], {"new"}, owned, {"new": set()})
