@@ -682,11 +682,11 @@ def studies():
     # Each variant at rates around its best, then at its best; VeRA's vectors are few.
     tried = {
         "rsLoRA": (5e-4, 1e-3, 2e-3),
-        "LoRA+": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
+        "LoRA+": (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3),
         "PiSSA": (2.5e-4, 5e-4, 1e-3, 2e-3),
         "DoRA": (1e-3, 2e-3, 4e-3),
-        "LoRA-FA": (2e-3, 4e-3, 8e-3),
-        "VeRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        "LoRA-FA": (1e-3, 2e-3, 4e-3, 8e-3),
+        "VeRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     }
     own_rank = {name: 256 if name == "VeRA" else 8 for name in tried}
     entries = [
