@@ -694,12 +694,6 @@ def studies():
         for name, some in tried.items()
         for lr in some
     ]
-    dials = [{"schedule": name} for name in SCHEDULES if name != DEFAULTS["schedule"]]
-    dials += [{"batch": 16, "steps": 96}, {"batch": 64, "steps": 24}]
-    dials += [{"decay": decay} for decay in (0.0, 0.1, 1.0)]
-    dials += [{"scale": scale} for scale in (0.5, 2.0)]
-    dials += [{"init": "kaiming"}, {"variant": "dropout"}, {"clip": 1.0}]
-    dials += [{"average": 12}, {"average": 12, "schedule": "constant"}]
     places = [
         lora | {"targets": targets, "rank": rank, "lr": lr}
         for targets, rank in placed
@@ -735,5 +729,4 @@ def studies():
         "places": over((0, 6), *places),
         "starts": over((0, 6), *starts),
         "race rates": over((0, 6), *entries),
-        "dials": over(three, *(lora | dial for dial in dials)),
     }
