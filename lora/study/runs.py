@@ -679,7 +679,7 @@ def studies():
             ("kaiming", 1, 2.8284, 1.6e-2),
         )
     ]
-    # Each variant at rates around its best, then at its best; VeRA's vectors are few.
+    # Each variant at rates around its best. VeRA's rank costs few numbers.
     tried = {
         "rsLoRA": (5e-4, 1e-3, 2e-3),
         "LoRA+": (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3),
