@@ -18,6 +18,7 @@ ANCHOR = re.compile(r'<a id="(eq-[\w-]+)"></a>')
 DATAFRAME = re.compile(r'<table border="1" class="dataframe">.*</table>', re.DOTALL)
 LONG = re.compile(r"(?<=>)[a-z][\w.*=]{15,}(?=</th>)")  # a name in code
 MINUS = re.compile(r"(?<![\w)\].-])-(?=\.?\d)")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{4,}")
 NUMBER = re.compile(r"[<≈]?\s*[+−±]?\.?\d[^A-Za-z→]*\s?[A-Za-z]{0,3}|nan|[-–—]?")
 POINT = re.compile(
     r'(<span class="math notranslate nohighlight">[^<]*</span>)([,.;:!?)]+)'
@@ -154,6 +155,8 @@ def tidy(table):
         if cells and all(NUMBER.fullmatch(c.get_text().strip()) for c in cells):
             for cell in column:
                 cell["class"] = "number"
+            for cell in filter(lambda cell: cell.string, cells):
+                cell.string = THOUSANDS.sub(lambda n: f"{int(n[0]):,}", cell.string)
     words = " ".join(row.find(["th", "td"]).get_text() for row in rows).split()
     if max(map(len, words), default=0) < 18:  # none is broken on a phone
         table["class"] = [*table["class"], "words"]

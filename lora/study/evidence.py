@@ -24,7 +24,7 @@ class Verdict:
     high: float
 
     def __str__(self):
-        text = f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        text = f"{self.mean:+z.2f} [{self.low:+z.2f}, {self.high:+z.2f}]"
         return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -40,7 +40,7 @@ def interval(values, level=0.95):
 
 def shown(mean, low, high):
     """What `interval` gives as a text, "1.5 [1.0, 2.0]", its minus a real one."""
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]".replace("-", "\N{MINUS SIGN}")
+    return f"{mean:z.1f} [{low:z.1f}, {high:z.1f}]".replace("-", "\N{MINUS SIGN}")
 
 
 def clustered(values, clusters, level=0.95):

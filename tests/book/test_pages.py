@@ -182,6 +182,13 @@ def test_tables_have_a_frame_and_a_name(soup, path):
     assert len(names) == len(set(names)), f"{path}: two tables have one name: {names}"
 
 
+@each_page
+def test_large_numbers_in_tables_are_grouped(soup, path):
+    cells = soup[f"{path}.html"].article.select("table.dataframe td.number")
+    long = [c.text for c in cells if re.search(r"(?<![\d.,])\d{4}", c.text)]
+    assert not long, f"{path}: {long}; book/_ext/cells.py puts commas in"
+
+
 @each_chapter
 def test_papers_have_a_text_to_show(book, soup, path):
     text = (book / "_static" / "hover-texts.js").read_text(encoding="utf-8")

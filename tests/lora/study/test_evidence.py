@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lora.study.evidence import Verdict, clustered, interval, smallest_margin
+from lora.study.evidence import Verdict, clustered, interval, shown, smallest_margin
 
 RNG = np.random.default_rng(0)
 SAMPLES = [RNG.normal(mean, 2, n) for mean, n in [(0, 2), (3, 10), (-1, 40), (-9, 7)]]
@@ -34,6 +34,11 @@ def test_interval_covers_the_mean_as_often_as_it_says():
     draws = RNG.normal(5, 3, (4_000, 6))
     hits = [low <= 5 <= high for _, low, high in (interval(d, 0.8) for d in draws)]
     assert abs(np.mean(hits) - 0.8) < 4 * (0.8 * 0.2 / len(draws)) ** 0.5
+
+
+def test_texts_have_a_real_minus_and_no_minus_before_zero():
+    assert shown(-0.04, -1.5, 0.3) == "0.0 [−1.5, 0.3]"
+    assert str(Verdict(True, -0.004, -1.5, 0.25)) == "+0.00 [−1.50, +0.25]"
 
 
 # --- Values that hang together ---
