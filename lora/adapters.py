@@ -164,8 +164,11 @@ def known(model, what, *names, alone=True):
     there = names_of(layers)
     for name in names:
         if name not in there:
-            listed = ", ".join(map(repr, there)) or "none"
-            raise ValueError(f"there is no adapter {name!r}; there are: {listed}")
+            message = f"there is no adapter {name!r}; there are: "
+            message += ", ".join(map(repr, there)) or "none"
+            if bases.find(model, LoRALinear):
+                message += " (what inject_lora put there has no name: save_lora)"
+            raise ValueError(message)
     context = context_of(shared, EVERYWHERE if alone else HERE.get())
     if what and context:
         message = f"cannot {what} inside of {context.kind}: leave it first"
@@ -188,10 +191,12 @@ def check_new_name(model, name):
         raise ValueError(f"there is an adapter {name!r} already")
 
 
-def check_not_injected(model, places):
-    """Raise ValueError if `inject_lora` has wrapped one of these layers."""
-    inside = [n for n in places if bases.find(model.get_submodule(n), LoRALinear)]
-    if inside:
+def check_not_injected(model):
+    """Raise ValueError if `inject_lora` has wrapped a layer of the model.
+
+    Its update would act on every adapter, and be in no adapter's file.
+    """
+    if inside := [*bases.find(model, LoRALinear)]:
         message = f"{bases.listed(inside)}: wrapped by inject_lora"
         raise ValueError(f"{message}; merge_lora first, or use add_adapter throughout")
 
@@ -241,7 +246,7 @@ def add_adapter(
     check_new_name(model, name)
     checks.check_settings(rank, alpha)
     chosen = bases.choose(model, targets, exclude, wrapper=WRAPPERS)
-    check_not_injected(model, chosen)
+    check_not_injected(model)
     bases.check_rows(chosen)
     ranks = by_pattern("rank_pattern", rank_pattern, chosen, rank)
     alphas = by_pattern("alpha_pattern", alpha_pattern, chosen, alpha)
@@ -398,6 +403,9 @@ def save_adapter(model, name, folder, head=None):
     its = {n: m for n, m in layers.items() if name in m.adapters}
     updates = {n: m.adapters[name] for n, m in its.items()}
     its = {n: m.base for n, m in its.items()}
+    parts = [*(m.adapters for m in layers.values()), *([] if head is None else [head])]
+    written = {p for part in parts for p in part.parameters()}
+    peft_files.warn_of_the_rest(model, written)
     peft_files.write_adapter(Path(folder), updates, its, head)
 
 
@@ -418,7 +426,7 @@ def load_adapter(model, folder, name=None, head=None):
     except Exception as fault:  # of json or safetensors, which name no file
         fault.add_note(f"while an adapter was read from {folder}")
         raise
-    check_not_injected(model, factors)
+    check_not_injected(model)
     bases.check_rows({place: places[place] for place in factors})
     for place in factors:
         bases.check_base(place, places[place])

@@ -165,14 +165,15 @@ def check_base(name, layer):
 
 
 def check_rows(places):
-    """Raise TypeError if a base, name -> base, is given no rows of numbers.
+    """Raise TypeError if a base, name -> base, takes images or indices, no rows.
 
-    But images or indices: then what was registered wraps it, and nothing else can.
+    What was registered wraps it, and nothing else can.
     """
     for place, base in places.items():
         if wrapper := wrapper_of(base):
-            message = f"{place}: {type(base).__name__} is given no rows of numbers"
-            raise TypeError(f"{message}: inject_lora, which uses {wrapper.__name__}")
+            message = f"{place}: {type(base).__name__} takes no rows of numbers"
+            remedy = f"inject_lora adapts it, by {wrapper.__name__}, or targets leave"
+            raise TypeError(f"{message}: {remedy} it out")
 
 
 def hooks_of(module):

@@ -361,6 +361,6 @@ def load_gguf_adapter(model, path, name):
     adapters.known(model, "load an adapter")
     adapters.check_new_name(model, name)
     factors = read_gguf_adapter(path, model)
-    adapters.check_not_injected(model, factors)
+    adapters.check_not_injected(model)
     updates = {place: LowRankUpdate(*parts) for place, parts in factors.items()}
     adapters.attach(model, name, updates)

@@ -174,7 +174,7 @@ def merge_tokens(model):
 
 
 def left_out(model):
-    """What is adapted and what stays frozen, in numbers: a text of one line.
+    """What is adapted, what is frozen, what trains whole, in numbers: a line of text.
 
     A parameter of three dimensions, such as the experts' of a layer, counts as that
     many matrices.
@@ -182,18 +182,25 @@ def left_out(model):
     wrappers = bases.find(model, (LoRALinear, TokenRows, Adapters)).values()
     adapted = {wrapper.base for wrapper in wrappers}
     inside = {m for wrapper in wrappers for m in wrapper.modules()}
-    left, matrices, seen = Counter(), Counter(), set()
+    modules, matrices, seen = Counter(), Counter(), set()
     for m in model.modules():
         own = {p for p in m.parameters(recurse=False) if p.ndim > 1} - seen
         if own and m not in inside:
             seen |= own
-            left[type(m).__name__] += 1
+            kind = type(m).__name__, any(p.requires_grad for p in own)
+            modules[kind] += 1
             stacked = not isinstance(m, nn.modules.conv._ConvNd)
             its = (len(p) if p.ndim == 3 and stacked else 1 for p in own)
-            matrices[type(m).__name__] += sum(its)
+            matrices[kind] += sum(its)
     total = len(adapted) + matrices.total()
-    rest = ", ".join(f"{matrices[kind]} in {n} {kind}" for kind, n in left.items())
+    rest, whole = (
+        ", ".join(
+            f"{matrices[k]} in {n} {k[0]}" for k, n in modules.items() if k[1] == t
+        )
+        for t in (False, True)
+    )
     text = f"adapts {len(adapted)} of {total} matrices; left: {rest or 'none'}"
+    text += f"; trained whole: {whole}" * bool(whole)
     return f"{text}; {count_trainable(model):,} of {count_total(model):,} numbers train"
 
 
@@ -208,6 +215,13 @@ def save_lora(model, folder):
         raise ValueError(f"{type(model).__name__} has no adapters: inject_lora first")
     updates = {n: w.plain(n) if hasattr(w, "plain") else w for n, w in wrappers.items()}
     its = {name: wrapper.base for name, wrapper in wrappers.items()}
+    written = {
+        p
+        for wrapper in wrappers.values()
+        for name, p in wrapper.named_parameters()
+        if not name.startswith("base.")
+    }
+    peft_files.warn_of_the_rest(model, written)
     peft_files.write_adapter(Path(folder), updates, its)
 
 

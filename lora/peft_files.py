@@ -93,6 +93,14 @@ def write_adapter(folder, adapters, bases, head=None):
     put_in_place(folder, new)
 
 
+def warn_of_the_rest(model, written):
+    """Warn of parameters of a model that train and are not `written`, a set."""
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if rest := [n for n, p in own.items() if p not in written]:
+        note = f"requires a gradient, and is not in the file: {listed(rest):.300}"
+        warnings.warn(note, stacklevel=3)
+
+
 def sound(name, tensor):
     """The tensor, or ValueError unless its numbers are all here, and finite."""
     kind = type(tensor.detach())

@@ -16,7 +16,7 @@ from lora.core import LoRALinear, LowRankUpdate, freeze_all
 def inject(model, wrapper, targets=None, rank=4, alpha=8.0):
     """`inject_lora` with a variant's class: `wrapper(layer, rank, alpha)`.
 
-    Raises TypeError for a layer that is given no rows of numbers, a convolution or a
+    Raises TypeError for a layer that takes no rows of numbers, a convolution or a
     lookup: of these the variants know nothing.
     """
     chosen = bases.choose(model, targets, wrapper=LoRALinear)

@@ -141,7 +141,7 @@ def test_a_rule_stands_under_the_decision_that_links_to_its_section():
 
 
 def test_the_code_of_the_recipe_is_that_which_ran():
-    """Block by block; two need what the notebook has not: a hub, your own pairs."""
+    """Block by block; three need what the notebook has not: a hub, your own pairs."""
     text = (BOOK / "recipe.md").read_text()
     cells = "\n\n\n".join(cell.source for cell in executed()["recipe-run"].cells)
     plain = re.sub(r" +# .*", "", cells)
@@ -149,7 +149,8 @@ def test_the_code_of_the_recipe_is_that_which_ran():
     ran = [re.sub(r" +# .*", "", block) in plain for block in blocks]
     assert ran.count(True) >= 4
     elsewhere = [block for block, found in zip(blocks, ran, strict=True) if not found]
-    for block, words in zip(elsewhere, ("from_pretrained", "(*pair)"), strict=True):
+    needs = "from_pretrained", "(*pair)", "merge_and_unload"
+    for block, words in zip(elsewhere, needs, strict=True):
         assert words in block
 
 

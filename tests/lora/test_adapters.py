@@ -194,6 +194,7 @@ def model_with_a_tied_head():
 def test_the_reader_decides_whether_a_warning_is_an_error(tmp_path):
     """And a saved adapter is put back without one: its layers are in the file."""
     model = model_with_a_tied_head()
+    freeze_all(model)
     before = snapshot(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -897,5 +898,10 @@ def test_adapters_are_not_mixed_with_another_method(model, method, message):
 def test_layers_that_are_wrapped_by_inject_lora_are_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     core.inject_lora(model, targets="1")
-    with pytest.raises(ValueError, match="wrapped by inject_lora; merge_lora first"):
-        add_adapter(model, "b", "1")
+    before = snapshot(model)
+    for targets in "01":  # also beside: its update would act on every adapter
+        with pytest.raises(ValueError, match="1: wrapped by inject_lora; merge_lora"):
+            add_adapter(model, "b", targets)
+    assert same(before, snapshot(model))
+    with pytest.raises(ValueError, match="'b'; there are: none .*: save_lora"):
+        save_adapter(model, "b", "nowhere")

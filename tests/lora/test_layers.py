@@ -202,7 +202,7 @@ def test_many_adapters_refuse_what_is_given_no_rows(make, targets, tmp_path):
         lambda: add_adapter(model, "a", targets),
         lambda: load_adapter(model, tmp_path, "a"),
     ):
-        with pytest.raises(TypeError, match="is given no rows of numbers"):
+        with pytest.raises(TypeError, match="takes no rows of numbers"):
             change()
     assert_unchanged(model, before)
     assert not parts_of(model)[0]
@@ -412,6 +412,33 @@ def test_layers_with_several_adapters_are_adapted():
         add_adapter(model, name, "0", rank=1)
     text = layers.left_out(model)
     assert text.startswith("adapts 1 of 2 matrices; left: 1 in 1 Linear; 0 of ")
+
+
+def test_what_trains_whole_is_not_left():
+    model = freeze(nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)]))
+    inject_lora(model, targets="0", rank=1)
+    model[2].requires_grad_(True)
+    text = "adapts 1 of 3 matrices; left: 1 in 1 Linear; trained whole: 1 in 1 Linear; "
+    assert layers.left_out(model) == text + "13 of 34 numbers train"
+
+
+def test_what_trains_beside_an_adapter_is_said_when_it_is_saved(tmp_path):
+    """An injected one's own base, too, which would be lost as well."""
+    model = freeze(nn.ModuleDict({"a": nn.Linear(2, 3), "head": nn.Linear(3, 2)}))
+    several = copy.deepcopy(model)
+    inject_lora(model, targets="a")
+    add_adapter(several, "b", "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layers.save_lora(model, tmp_path / "one")
+        save_adapter(several, "b", tmp_path / "b")
+        several["head"].requires_grad_(True)
+        save_adapter(several, "b", tmp_path / "with head", head=several["head"])
+    model["a"].base.requires_grad_(True)
+    with pytest.warns(UserWarning, match="is not in the file: a.base.weight, a.base.b"):
+        layers.save_lora(model, tmp_path / "one")
+    with pytest.warns(UserWarning, match="is not in the file: head.weight, head.bias"):
+        save_adapter(several, "b", tmp_path / "b")
 
 
 def test_a_convolution_counts_as_one_matrix():

@@ -270,7 +270,7 @@ def test_what_is_given_no_rows_is_refused(monkeypatch):
     flat = lambda weight: weight.flatten(1)  # noqa: E731
     bases.register(nn.Conv2d, flat, layers.LoRAConv2d)
     model = nn.Sequential(nn.Conv2d(2, 2, 1))
-    with pytest.raises(TypeError, match="0: Conv2d is given no rows of numbers"):
+    with pytest.raises(TypeError, match="0: Conv2d takes no rows of numbers"):
         inject(model, DoRALinear)
     assert type(model[0]) is nn.Conv2d
 
