@@ -23,6 +23,7 @@ DATA = FOLDER / "chat.jsonl"
 # losses of two runs of the same settings, in nats a token.
 TOLERANCE = 0.05
 ALL = r"model\.layers\..*_proj"
+PARTS = r".*self_attn\..*", r".*mlp\..*"
 DEFAULTS = {
     "method": "lora",  # or "full", or "none"
     "rank": 8,
@@ -278,7 +279,7 @@ def studies():
         "chat more seeds": over((3,), {"lr": 2e-3}, full),
         "chat shots": over((1,), *(none | {"shots": n} for n in (1, 8))),
         "chat draws": over((2, 3), none | {"shots": 4}),
-        "chat layers": over((1,), {"targets": r".*self_attn\..*"}),
+        "chat layers": over((1,), *({"targets": t} for t in PARTS)),
         "chat ranks": over((1,), *({"rank": r} for r in (1, 64))),
         "chat longer": over((1,), {"steps": 48}, full | {"steps": 48}),
     }
