@@ -699,6 +699,7 @@ def studies():
     dials += [{"lr": lr} for lr in (5e-4, 1e-3, 4e-3, 8e-3)]
     dials += [{"batch": 16, "steps": 96}, {"batch": 64, "steps": 24}]
     dials += [{"decay": decay} for decay in (0.0, 0.1, 1.0)]
+    dials += [{"scale": scale} for scale in (0.5, 2.0)]
     dials += [{"init": "kaiming"}, {"variant": "dropout"}, {"clip": 1.0}]
     dials += [{"average": 12}, {"average": 12, "schedule": "constant"}]
     places = [
