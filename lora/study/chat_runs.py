@@ -12,7 +12,6 @@ from functools import partial
 import pandas as pd
 import torch
 
-from lora import core
 from lora.study import chat, runs, search
 from lora.study.docstrings import LIBRARIES, split
 from lora.study.evidence import Verdict, interval
@@ -24,6 +23,7 @@ DATA = FOLDER / "chat.jsonl"
 TOLERANCE = 0.05
 ALL = r"model\.layers\..*_proj"
 PARTS = r".*self_attn\..*", r".*mlp\..*"
+BEST = "DoRA", "LoRA-FA"  # of the variants on MiniLM
 DEFAULTS = {
     "method": "lora",  # or "full", or "none"
     "rank": 8,
@@ -32,6 +32,7 @@ DEFAULTS = {
     "batch": 8,
     "data": 0,  # how many of the pairs are trained on; 0: all
     "targets": ALL,
+    "variant": "lora",  # or another of `lora.study.runs.VARIANTS`
     "mistake": "",  # or one of MISTAKES
     "shots": 0,  # examples in the prompt
     "seed": 1,
@@ -91,8 +92,8 @@ def prepare(model, settings):
     model.requires_grad_(settings["method"] == "full")
     if settings["method"] == "lora":
         torch.manual_seed(settings["seed"])
-        rank, targets = settings["rank"], settings["targets"]
-        core.inject_lora(model, rank=rank, alpha=float(rank), targets=targets)
+        rank, inject = settings["rank"], runs.VARIANTS[settings["variant"]]
+        inject(model, settings["targets"], rank, float(rank))
 
 
 def make_run(**settings):
@@ -282,4 +283,8 @@ def studies():
         "chat layers": over((1,), *({"targets": t} for t in PARTS)),
         "chat ranks": over((1,), *({"rank": r} for r in (1, 64))),
         "chat longer": over((1,), {"steps": 48}, full | {"steps": 48}),
+        "chat variants": [
+            *over((1,), *({"variant": name} for name in BEST)),
+            *over((1, 2, 3), *({"variant": name, "lr": 2e-3} for name in BEST)),
+        ],
     }
