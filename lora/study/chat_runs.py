@@ -267,6 +267,7 @@ def make_rows(settings):
 def studies():
     """Study -> the settings of its runs."""
     none, full = {"method": "none"}, {"method": "full", "lr": 1e-4}
+    dials = [{"targets": t} for t in PARTS] + [{"rank": r} for r in (1, 64)]
     slow, fast = (({"lr": 1e-3 * k}, full | {"lr": 1e-4 * k}) for k in (0.5, 2))
     return {
         "chat prompts": over((1,), none, none | {"shots": 4}),
@@ -280,9 +281,10 @@ def studies():
         "chat more seeds": over((3,), {"lr": 2e-3}, full),
         "chat shots": over((1,), *(none | {"shots": n} for n in (1, 8))),
         "chat draws": over((2, 3), none | {"shots": 4}),
-        "chat layers": over((1,), *({"targets": t} for t in PARTS)),
-        "chat ranks": over((1,), *({"rank": r} for r in (1, 64))),
+        "chat layers": over((1,), *dials[:2]),
+        "chat ranks": over((1,), *dials[2:]),
         "chat longer": over((1,), {"steps": 48}, full | {"steps": 48}),
+        "chat dials": over((2, 3), {}, *dials, {"steps": 48}),
         "chat variants": [
             *over((1,), *({"variant": name} for name in BEST)),
             *over((1, 2, 3), *({"variant": name, "lr": 2e-3} for name in BEST)),

@@ -694,6 +694,10 @@ def studies():
         for name, some in tried.items()
         for lr in some
     ]
+    # Each variant at the best of its rates.
+    best = {"rsLoRA": 1e-3, "LoRA+": 1.25e-4, "PiSSA": 1e-3, "DoRA": 2e-3}
+    best |= {"LoRA-FA": 2e-3, "VeRA": 6.4e-2}
+    racers = [run for run in entries if run["lr"] == best[run["variant"]]]
     # What else is set in a run of LoRA, one thing at a time.
     dials = [{"schedule": name} for name in SCHEDULES if name != DEFAULTS["schedule"]]
     dials += [{"lr": lr} for lr in (5e-4, 1e-3, 4e-3, 8e-3)]
@@ -737,5 +741,9 @@ def studies():
         "places": over((0, 6), *places),
         "starts": over((0, 6), *starts),
         "race rates": over((0, 6), *entries),
+        "race": [
+            *over(five, *racers),
+            *over(three, *(run | {"steps": 96} for run in racers)),
+        ],
         "dials": over(three, *(lora | dial for dial in dials)),
     }
