@@ -284,9 +284,11 @@ def studies():
         "chat layers": over((1,), *dials[:2]),
         "chat ranks": over((1,), *dials[2:]),
         "chat longer": over((1,), {"steps": 48}, full | {"steps": 48}),
-        "chat fast": over(
-            (1,), {"lr": 4e-3}, *({"lr": lr, "steps": 48} for lr in (2e-3, 4e-3))
-        ),
+        "chat fast": [
+            *over((1,), *({"lr": lr, "steps": 48} for lr in (2e-3, 4e-3))),
+            *over((1, 2, 3), {"lr": 4e-3}),
+            *over((1,), {"lr": 8e-3}),
+        ],
         "chat dials": over((2, 3), {}, *dials, {"steps": 48}),
         "chat variants": [
             *over((1,), *({"variant": name} for name in BEST)),
