@@ -12,7 +12,6 @@ from functools import partial
 import pandas as pd
 import torch
 
-from lora import core
 from lora.study import chat, runs, search
 from lora.study.docstrings import LIBRARIES, split
 from lora.study.evidence import Verdict, interval
@@ -23,6 +22,8 @@ DATA = FOLDER / "chat.jsonl"
 # losses of two runs of the same settings, in nats a token.
 TOLERANCE = 0.05
 ALL = r"model\.layers\..*_proj"
+PARTS = r".*self_attn\..*", r".*mlp\..*"
+BEST = "DoRA", "LoRA-FA"  # of the variants on MiniLM
 DEFAULTS = {
     "method": "lora",  # or "full", or "none"
     "rank": 8,
@@ -31,6 +32,7 @@ DEFAULTS = {
     "batch": 8,
     "data": 0,  # how many of the pairs are trained on; 0: all
     "targets": ALL,
+    "variant": "lora",  # or another of `lora.study.runs.VARIANTS`
     "mistake": "",  # or one of MISTAKES
     "shots": 0,  # examples in the prompt
     "seed": 1,
@@ -90,8 +92,8 @@ def prepare(model, settings):
     model.requires_grad_(settings["method"] == "full")
     if settings["method"] == "lora":
         torch.manual_seed(settings["seed"])
-        rank, targets = settings["rank"], settings["targets"]
-        core.inject_lora(model, rank=rank, alpha=float(rank), targets=targets)
+        rank, inject = settings["rank"], runs.VARIANTS[settings["variant"]]
+        inject(model, settings["targets"], rank, float(rank))
 
 
 def make_run(**settings):
@@ -265,6 +267,7 @@ def make_rows(settings):
 def studies():
     """Study -> the settings of its runs."""
     none, full = {"method": "none"}, {"method": "full", "lr": 1e-4}
+    dials = [{"targets": t} for t in PARTS] + [{"rank": r} for r in (1, 64)]
     slow, fast = (({"lr": 1e-3 * k}, full | {"lr": 1e-4 * k}) for k in (0.5, 2))
     return {
         "chat prompts": over((1,), none, none | {"shots": 4}),
@@ -278,7 +281,17 @@ def studies():
         "chat more seeds": over((3,), {"lr": 2e-3}, full),
         "chat shots": over((1,), *(none | {"shots": n} for n in (1, 8))),
         "chat draws": over((2, 3), none | {"shots": 4}),
-        "chat layers": over((1,), {"targets": r".*self_attn\..*"}),
-        "chat ranks": over((1,), *({"rank": r} for r in (1, 64))),
+        "chat layers": over((1,), *dials[:2]),
+        "chat ranks": over((1,), *dials[2:]),
         "chat longer": over((1,), {"steps": 48}, full | {"steps": 48}),
+        "chat fast": [
+            *over((1,), *({"lr": lr, "steps": 48} for lr in (2e-3, 4e-3))),
+            *over((1, 2, 3), {"lr": 4e-3}),
+            *over((1,), {"lr": 8e-3}),
+        ],
+        "chat dials": over((2, 3), {}, *dials, {"steps": 48}),
+        "chat variants": [
+            *over((1,), *({"variant": name} for name in BEST)),
+            *over((1, 2, 3), *({"variant": name, "lr": 2e-3} for name in BEST)),
+        ],
     }

@@ -686,7 +686,7 @@ def studies():
         "PiSSA": (2.5e-4, 5e-4, 1e-3, 2e-3),
         "DoRA": (1e-3, 2e-3, 4e-3),
         "LoRA-FA": (1e-3, 2e-3, 4e-3, 8e-3),
-        "VeRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+        "VeRA": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128),
     }
     own_rank = {name: 256 if name == "VeRA" else 8 for name in tried}
     entries = [
@@ -694,6 +694,18 @@ def studies():
         for name, some in tried.items()
         for lr in some
     ]
+    # Each variant at the best of its rates.
+    best = {"rsLoRA": 1e-3, "LoRA+": 1.25e-4, "PiSSA": 1e-3, "DoRA": 2e-3}
+    best |= {"LoRA-FA": 2e-3, "VeRA": 6.4e-2}
+    racers = [run for run in entries if run["lr"] == best[run["variant"]]]
+    # What else is set in a run of LoRA, one thing at a time.
+    dials = [{"schedule": name} for name in SCHEDULES if name != DEFAULTS["schedule"]]
+    dials += [{"lr": lr} for lr in (5e-4, 1e-3, 4e-3, 8e-3)]
+    dials += [{"batch": 16, "steps": 96}, {"batch": 64, "steps": 24}]
+    dials += [{"decay": decay} for decay in (0.0, 0.1, 1.0)]
+    dials += [{"scale": scale} for scale in (0.5, 2.0)]
+    dials += [{"init": "kaiming"}, {"variant": "dropout"}, {"clip": 1.0}]
+    dials += [{"average": 12}, {"average": 12, "schedule": "constant"}]
     places = [
         lora | {"targets": targets, "rank": rank, "lr": lr}
         for targets, rank in placed
@@ -729,4 +741,9 @@ def studies():
         "places": over((0, 6), *places),
         "starts": over((0, 6), *starts),
         "race rates": over((0, 6), *entries),
+        "race": [
+            *over(five, *racers),
+            *over(three, *(run | {"steps": 96} for run in racers)),
+        ],
+        "dials": over(three, *(lora | dial for dial in dials)),
     }

@@ -97,10 +97,14 @@ def test_what_learns_by_mistake(tokenizer):
         ({"method": "full"}, None),
         ({"rank": 2}, 2 * 2 * (4 * 32 + 3 * 40)),
         ({"rank": 2, "targets": r".*self_attn\..*"}, 2 * 2 * 4 * 32),
+        ({"rank": 2, "variant": "LoRA-FA"}, 2 * 2 * (5 * 16 + 2 * 24)),
     ],
 )
 def test_what_a_method_trains(small, settings, trained):
-    """Rank 2: twice d_in + d_out of each layer, in two blocks of width 16 and 24."""
+    """Rank 2: twice d_in + d_out of each layer, in two blocks of width 16 and 24.
+
+    LoRA-FA trains B alone, twice d_out.
+    """
     _, model = chat.load_chat()
     everything = sum(p.numel() for p in model.parameters())
     chat_runs.prepare(model, chat_runs.DEFAULTS | settings)
