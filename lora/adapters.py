@@ -403,9 +403,7 @@ def save_adapter(model, name, folder, head=None):
     its = {n: m for n, m in layers.items() if name in m.adapters}
     updates = {n: m.adapters[name] for n, m in its.items()}
     its = {n: m.base for n, m in its.items()}
-    parts = [*(m.adapters for m in layers.values()), *([] if head is None else [head])]
-    written = {p for part in parts for p in part.parameters()}
-    peft_files.warn_of_the_rest(model, written)
+    peft_files.warn_of_the_rest(model, layers, head)
     peft_files.write_adapter(Path(folder), updates, its, head)
 
 

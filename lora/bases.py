@@ -172,8 +172,8 @@ def check_rows(places):
     for place, base in places.items():
         if wrapper := wrapper_of(base):
             message = f"{place}: {type(base).__name__} takes no rows of numbers"
-            remedy = f"inject_lora adapts it, by {wrapper.__name__}, or targets leave"
-            raise TypeError(f"{message}: {remedy} it out")
+            remedy = f"inject_lora adapts it, by {wrapper.__name__}; else leave it out"
+            raise TypeError(f"{message}: {remedy}")
 
 
 def hooks_of(module):

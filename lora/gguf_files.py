@@ -20,7 +20,7 @@ from torch import nn
 from lora import adapters, bases, checks
 from lora.core import LoRALinear, LowRankUpdate, freeze_all
 from lora.nf4 import FrozenProduct
-from lora.peft_files import sound
+from lora.peft_files import sound, warn_of_the_rest
 
 # Number in a file -> name of the type, numbers in a block, bytes of a block.
 TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34)}
@@ -303,6 +303,7 @@ def write_gguf_adapter(model, path, name=None):
         layers = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
     if not layers:
         raise ValueError("the model has no adapter to write")
+    warn_of_the_rest(model, bases.find(model, adapters.WRAPPERS))
     # One alpha for all layers: what differs goes into B. Zero would mean a scale of 1.
     alpha = next((a.scale * a.rank for a in layers.values() if a.scale), 1.0)
     new = Path(f"{path}.new")

@@ -215,13 +215,7 @@ def save_lora(model, folder):
         raise ValueError(f"{type(model).__name__} has no adapters: inject_lora first")
     updates = {n: w.plain(n) if hasattr(w, "plain") else w for n, w in wrappers.items()}
     its = {name: wrapper.base for name, wrapper in wrappers.items()}
-    written = {
-        p
-        for wrapper in wrappers.values()
-        for name, p in wrapper.named_parameters()
-        if not name.startswith("base.")
-    }
-    peft_files.warn_of_the_rest(model, written)
+    peft_files.warn_of_the_rest(model, wrappers)
     peft_files.write_adapter(Path(folder), updates, its)
 
 

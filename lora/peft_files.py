@@ -93,8 +93,15 @@ def write_adapter(folder, adapters, bases, head=None):
     put_in_place(folder, new)
 
 
-def warn_of_the_rest(model, written):
-    """Warn of parameters of a model that train and are not `written`, a set."""
+def warn_of_the_rest(model, wrappers, head=None):
+    """Warn of what trains in a model, but is in no wrapper's update and not the head's.
+
+    `wrappers`: name -> layer whose `base` stands beside its updates.
+    """
+    written = set() if head is None else set(head.parameters())
+    for wrapper in wrappers.values():
+        parameters = wrapper.named_parameters()
+        written |= {p for name, p in parameters if not name.startswith("base.")}
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if rest := [n for n, p in own.items() if p not in written]:
         note = f"requires a gradient, and is not in the file: {listed(rest):.300}"

@@ -360,6 +360,15 @@ def test_layers_of_several_ranks_and_alphas_in_one_file(tmp_path):
     torch.testing.assert_close(served(file, adapter), ours, atol=1e-3, rtol=0)
 
 
+def test_what_trains_beside_it_is_said(file, tmp_path):
+    model = adapted(load_llama(file))
+    freeze_all(model.lm_head)
+    norm = model.model.norm.requires_grad_(True)
+    with pytest.warns(UserWarning, match="is not in the file: model.norm.weight$"):
+        write_gguf_adapter(model, tmp_path / "a.gguf")
+    assert norm.weight.requires_grad
+
+
 def test_an_adapter_comes_back_as_it_was_written(file, tmp_path):
     model = adapted(load_llama(file))
     write_gguf_adapter(model, tmp_path / "a.gguf")
