@@ -268,6 +268,8 @@ def studies():
     """Study -> the settings of its runs."""
     none, full = {"method": "none"}, {"method": "full", "lr": 1e-4}
     dials = [{"targets": t} for t in PARTS] + [{"rank": r} for r in (1, 64)]
+    some = (32, 48), (32, 96), (128, 24), (128, 48), (128, 96), (512, 96), (0, 96)
+    amounts = [{"data": n, "steps": steps} for n, steps in some]
     slow, fast = (({"lr": 1e-3 * k}, full | {"lr": 1e-4 * k}) for k in (0.5, 2))
     return {
         "chat prompts": over((1,), none, none | {"shots": 4}),
@@ -294,4 +296,5 @@ def studies():
             *over((1,), *({"variant": name} for name in BEST)),
             *over((1, 2, 3), *({"variant": name, "lr": 2e-3} for name in BEST)),
         ],
+        "chat amounts": over((1,), *amounts),
     }

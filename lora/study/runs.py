@@ -433,11 +433,15 @@ def planned(settings):
     Beside those of a run, `settings` may hold "cuts", the ranks to which the change of
     full fine-tuning is cut; "merges", the ways of `merged`; or "sums", name -> (how,
     libraries, weight). With sums there is an adapter for each library, from an A of its
-    own if "start" is negative.
+    own if "start" is negative; or, with "starts", so many for the same pairs, each from
+    an A of its own, whose numbers stand in place of libraries.
     """
     settings = DEFAULTS | settings
     cuts, merges = settings.pop("cuts", ()), settings.pop("merges", ())
-    sums = settings.pop("sums", {})
+    sums, starts = settings.pop("sums", {}), settings.pop("starts", 0)
+    if starts:
+        alike = [settings | {"start": i} for i in range(starts)]
+        return alike + [settings | {"start": -1, "composed": name} for name in sums]
     if not sums:
         after = [{"cut": k} for k in cuts] + [{"merged": how} for how in merges]
         return [settings, *(settings | change for change in after)]
@@ -461,7 +465,8 @@ def make_rows(settings):
     for row in planned(settings):
         if row.keys() == DEFAULTS.keys():
             _, model, row = make_run(**row)
-            factors[row["libraries"][0]] = factors_of(model)
+            which = row["start"] if "starts" in settings else row["libraries"][0]
+            factors[which] = factors_of(model)
             if row["method"] == "full":
                 change = change_of(model)
                 row |= spectrum(change)
@@ -472,8 +477,8 @@ def make_rows(settings):
                 (adapter,) = factors.values()
                 update = merged(adapter, row["merged"], row)
             else:
-                how, libraries, weight = settings["sums"][row["composed"]]
-                adapters = [factors[library] for library in libraries]
+                how, of, weight = settings["sums"][row["composed"]]
+                adapters = [factors[which] for which in of]
                 update = joined(adapters, how, weight, row["seed"])
             tokenizer, model = base_with(update)
             row["ranks"] = ranks(model, tokenizer, data(row["seed"])[2])
@@ -706,6 +711,14 @@ def studies():
     dials += [{"scale": scale} for scale in (0.5, 2.0)]
     dials += [{"init": "kaiming"}, {"variant": "dropout"}, {"clip": 1.0}]
     dials += [{"average": 12}, {"average": 12, "schedule": "constant"}]
+    # Three adapters that differ in where A started, as one.
+    mean = {
+        "mean of three": ("sum", (0, 1, 2), 1 / 3),
+        "mean of two": ("sum", (0, 1), 1 / 2),
+        "mean of three, rank 8": ("rank 8", (0, 1, 2), 1 / 3),
+        "half of each": ("sum", (0, 1, 2), 1 / 2),
+        "means of A and B": ("average", (0, 1, 2), 1 / 3),
+    }
     places = [
         lora | {"targets": targets, "rank": rank, "lr": lr}
         for targets, rank in placed
@@ -746,4 +759,5 @@ def studies():
             *over(three, *(run | {"steps": 96} for run in racers)),
         ],
         "dials": over(three, *(lora | dial for dial in dials)),
+        "averages": over(three, lora | {"starts": 3, "sums": mean}),
     }

@@ -521,6 +521,28 @@ def test_adapters_and_their_sums(one_layer, start):
     assert kept == runs.planned(settings)
 
 
+def test_adapters_that_differ_in_their_start_alone_as_one(one_layer):
+    def make(model, settings):
+        assert settings["libraries"] == list(runs.TRAINED)
+        (layer,) = core.inject_lora(model, rank=1, alpha=1.0)
+        layer.A.data = torch.tensor([[1.0, settings["start"]]])
+        layer.B.data = torch.tensor([[2.0], [settings["start"] * 3.0]])
+        return None, model, settings | {"ranks": {}}
+
+    one_layer((2, 2), make)
+    mean = {"mean": ("sum", (0, 1), 0.5), "one": ("sum", (1,), 1.0)}
+    settings = {"starts": 2, "seed": 1, "sums": mean}
+    first, second, both, alone = runs.make_rows(settings)
+    assert [first["start"], second["start"]] == [0, 1]
+    assert both["ranks"] == (1, [[2, 1], [1.5, 1.5]])
+    assert alone["ranks"] == (1, [[2, 2], [3, 3]])
+    plan = runs.planned(settings)
+    kept = [
+        {k: row[k] for k in p} for row, p in zip((first, second, both, alone), plan)
+    ]
+    assert kept == plan
+
+
 def test_a_sum_that_is_cut_keeps_its_largest_directions():
     directions = torch.linalg.qr(torch.randn(20, 12))[0]
     values = torch.arange(12.0, 0, -1)
