@@ -7,6 +7,7 @@ run    the same, after executing the chapters and writing the bound numbers
 import json
 import os
 import re
+import subprocess
 import sys
 from datetime import date
 
@@ -117,8 +118,14 @@ def written():
 def main(command, *names):
     """`sync` or `run`; NAMES: notebooks, else all."""
     books = executed()
+    names = names or tuple(books)
+    if command == "run" and len(names) > 1:
+        for name in names:  # each in its own process: a second kernel may hang
+            again = [sys.executable, "-m", "tools.run", "run", name]
+            subprocess.run(again, cwd=ROOT, check=True)
+        return
     before = {name: json.dumps(notebook) for name, notebook in books.items()}
-    for name in names or books:
+    for name in names:
         sync(books[name], package())
         if command == "run":
             print(f"{name} ...", flush=True)
