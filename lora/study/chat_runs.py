@@ -270,6 +270,7 @@ def studies():
     dials = [{"targets": t} for t in PARTS] + [{"rank": r} for r in (1, 64)]
     some = (32, 48), (32, 96), (128, 24), (128, 48), (128, 96), (512, 96), (0, 96)
     amounts = [{"data": n, "steps": steps} for n, steps in some]
+    other_draws = [{"data": n, "steps": k} for n in (32, 128) for k in (24, 48)]
     slow, fast = (({"lr": 1e-3 * k}, full | {"lr": 1e-4 * k}) for k in (0.5, 2))
     return {
         "chat prompts": over((1,), none, none | {"shots": 4}),
@@ -296,5 +297,5 @@ def studies():
             *over((1,), *({"variant": name} for name in BEST)),
             *over((1, 2, 3), *({"variant": name, "lr": 2e-3} for name in BEST)),
         ],
-        "chat amounts": over((1,), *amounts),
+        "chat amounts": [*over((1,), *amounts), *over((2, 3), *other_draws)],
     }
