@@ -426,15 +426,8 @@ def load_adapter(model, folder, name=None, head=None):
         raise
     check_not_injected(model)
     bases.check_rows({place: places[place] for place in factors})
-    for place in factors:
-        bases.check_base(place, places[place])
-    updates = {}  # of bases: one may have several names
-    for place, (A, B, alpha) in factors.items():
-        update = updates.setdefault(places[place], LowRankUpdate(A, B, alpha))
-        if not (update.A.equal(A) and update.B.equal(B) and update.alpha == alpha):
-            raise ValueError(
-                f"{folder}: {place} has another adapter under another name"
-            )
+    its = peft_files.by_base(folder, factors, places)
+    updates = {base: LowRankUpdate(*parts) for base, parts in its.items()}
     attach(model, name, {place: updates[places[place]] for place in factors})
     if head is not None:
         head.load_state_dict(saved_head)

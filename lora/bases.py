@@ -9,6 +9,7 @@ import copy
 import re
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -38,6 +39,9 @@ FREE |= {
     getattr(torch.Tensor, name).__get__
     for name in ("dtype", "device", "shape", "ndim", "is_meta", "is_cuda")
 }
+# What would change a LazyWeight, beside the functions whose names end in "_".
+WRITES = {"__set__", "__setitem__", "register_hook", "retain_grad"}
+WRITES |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow")}
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -46,7 +50,8 @@ def register(kind, view, wrapper=None):
 
     `view` is a function of the layer's `weight` that returns W, (d_out, d_in), in the
     same memory, such as `lambda weight: weight.T`. `wrapper`: a `LoRALinear` with a
-    forward of its own, where the layer is given something other than rows of numbers.
+    forward of its own, where the layer is given something other than rows of numbers;
+    its `check(name, layer)`, if it has one, raises for a layer that it cannot adapt.
     """
     REGISTERED[kind] = view, wrapper
 
@@ -81,7 +86,8 @@ def laid_out(base, W):
     """The inverse of `matrix_of`: W in the form of the base's own weight."""
     if known(base) not in REGISTERED:
         return W
-    weight = torch.empty_like(base.weight, dtype=W.dtype, requires_grad=False)
+    kind = {"dtype": W.dtype, "memory_format": torch.contiguous_format}
+    weight = torch.empty_like(base.weight, requires_grad=False, **kind)
     matrix_of(base, weight).copy_(W)
     return weight
 
@@ -99,7 +105,8 @@ def weight_of(base):
 class LazyWeight(torch.Tensor):
     """A weight that is computed where its numbers are used, each time anew.
 
-    Its dtype, device and shape, which models read in passing, are those of `like`.
+    Its dtype, device and shape, which models read in passing, are those of `like`. What
+    would write into it raises RuntimeError: it would be lost.
     """
 
     __torch_dispatch__ = None  # below autograd: it is never called
@@ -116,6 +123,12 @@ class LazyWeight(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in FREE:
             return super().__torch_function__(function, types, args, kwargs)
+        if function == torch.Tensor.data.__get__:
+            return cls(args[0], lambda: args[0].compute().detach())
+        name = function.__name__
+        if name in WRITES or (name[-1] == "_" and name[-2:] != "__"):
+            message = f"{name} would change a weight that is computed, and be lost"
+            raise RuntimeError(f"{message}: change the base, A or B")
         args, kwargs = tree_map_only(cls, lambda w: w.compute(), (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -151,12 +164,16 @@ def check_base(name, layer):
     else:
         W = weight_of(layer)
         if known(layer) in REGISTERED:  # a copy would be adapted, and not merged
-            shape, same = "(d_out, d_in)", torch._C._is_alias_of(W, layer.weight)
-            fits = W.dim() == 2 and same
+            shape, fits = "(d_out, d_in)", W.dim() == 2
+            if not torch._C._is_alias_of(W, layer.weight):
+                message = "its W is a copy, and must share the memory of its weight"
+                raise TypeError(f"{name}: {message} (which may need .contiguous())")
         else:
             shape = layer.out_features, layer.in_features
             fits = W.shape == shape
         if W.dtype in DTYPES and fits:
+            if check := getattr(wrapper_of(layer), "check", None):
+                check(name, layer)
             return W
         got = f"{tuple(W.shape)} in {W.dtype}"
         fault = f"with a weight of shape {shape} in one of {DTYPES}, got {got}"
@@ -338,6 +355,20 @@ def other_matrices(model, layers):
         if any(p.ndim > 1 for p in m.parameters(recurse=False))
     )
     return ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+
+
+@contextmanager
+def all_or_nothing(model):
+    """Give parameters back what they had, their gradient too, if the block raises."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    state = torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        for p, needs, grad in before:
+            p.requires_grad_(needs).grad = grad
+        torch.set_rng_state(state)
+        raise
 
 
 def check_unshared(model, wrappers):

@@ -20,7 +20,7 @@ from torch import nn
 from lora import adapters, bases, checks
 from lora.core import LoRALinear, LowRankUpdate, freeze_all
 from lora.nf4 import FrozenProduct
-from lora.peft_files import sound, warn_of_the_rest
+from lora.peft_files import plain_updates, sound, warn_of_the_rest
 
 # Number in a file -> name of the type, numbers in a block, bytes of a block.
 TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 8: ("Q8_0", 32, 34)}
@@ -303,6 +303,11 @@ def write_gguf_adapter(model, path, name=None):
         layers = {n: m.adapters[name] for n, m in layers.items() if name in m.adapters}
     if not layers:
         raise ValueError("the model has no adapter to write")
+    if model.config.model_type != "llama":
+        raise ValueError(f"the model must be a Llama, got {model.config.model_type}")
+    wrappers = {n: model.get_submodule(n) for n in layers}
+    bases.check_rows({n: wrapper.base for n, wrapper in wrappers.items()})
+    layers = plain_updates(layers)
     warn_of_the_rest(model, bases.find(model, adapters.WRAPPERS))
     # One alpha for all layers: what differs goes into B. Zero would mean a scale of 1.
     alpha = next((a.scale * a.rank for a in layers.values() if a.scale), 1.0)
@@ -342,6 +347,9 @@ def read_gguf_adapter(path, model):
         keys = [f"{file_name(place)}.weight.lora_{half}" for half in "ab"]
         pair = [tensors.pop(key) for key in keys if key in tensors]
         shapes, r = [part.shape for part in pair], pair and pair[0].shape[0]
+        if pair:
+            bases.check_rows({place: base})
+            bases.check_base(place, base)
         if pair and shapes != [(r, base.in_features), (base.out_features, r)]:
             raise ValueError(f"{path}: {shapes} do not fit {place}")
         if pair:

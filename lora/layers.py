@@ -17,7 +17,13 @@ from torch.nn.utils import parametrize
 
 from lora import bases, checks, peft_files
 from lora.adapters import Adapters
-from lora.core import LoRALinear, count_total, count_trainable, freeze_all
+from lora.core import (
+    LoRALinear,
+    LowRankUpdate,
+    count_total,
+    count_trainable,
+    freeze_all,
+)
 
 
 class LoRAConv2d(LoRALinear):
@@ -28,10 +34,11 @@ class LoRAConv2d(LoRALinear):
     as matrices, so that W + s B A is merged as ever. ValueError for groups.
     """
 
-    def __init__(self, base, rank=4, alpha=8.0):
+    @staticmethod
+    def check(name, base):
         if base.groups > 1:
-            raise ValueError(f"base must be a Conv2d without groups, got {base.groups}")
-        super().__init__(base, rank, alpha)
+            message = f"must be a Conv2d without groups, got {base.groups}"
+            raise ValueError(f"{name} {message}")
 
     def forward(self, x):
         A = self.A.view(self.rank, *self.base.weight.shape[1:]).to(x.dtype)
@@ -52,18 +59,24 @@ class LoRAEmbedding(LoRALinear):
 
     Beside an `nn.Embedding` of n rows, whose W, (width, n), is `weight.T`: a linear
     layer of unit vectors. A is (r, n), B is (width, r). PEFT starts it with A = 0 and B
-    random, here it is the other way round, as in all layers. ValueError if the base
-    renormalizes its rows (`max_norm`).
+    random, here it is the other way round, as in all layers. The row of padding stays.
+    ValueError if the base renormalizes its rows (`max_norm`).
     """
 
-    def __init__(self, base, rank=4, alpha=8.0):
+    @staticmethod
+    def check(name, base):
         if base.max_norm is not None:
-            raise ValueError("base must be an Embedding without max_norm")
-        super().__init__(base, rank, alpha)
+            raise ValueError(f"{name} must be an Embedding without max_norm")
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.base.padding_idx is not None:
+            self.A.data[:, self.base.padding_idx] = 0
 
     def forward(self, x):
-        y = self.base(x)
-        thin = F.embedding(x, self.A.T, self.base.padding_idx)
+        y, base = self.base(x), self.base
+        scaled = {"scale_grad_by_freq": base.scale_grad_by_freq}
+        thin = F.embedding(x, self.A.T, base.padding_idx, **scaled)
         return y + self.scale * F.linear(thin, self.B).to(y.dtype)
 
     @staticmethod
@@ -91,15 +104,23 @@ class Spread(nn.Module):
         return whole[self.rows]
 
 
+@torch.inference_mode(False)  # what is made there could not be trained through
 def adapt_rows(wrapper, rows):
     """Let a `LoRALinear` change only these rows of its W, in place: of B no others are.
 
     For a fused layer, such as one of query, key and value in one. `rows`: different
-    indices of outputs, a tensor or a range.
+    indices of outputs, a tensor or a range. TypeError for a variant whose update is no
+    s B A, ValueError if B has numbers in other rows already.
     """
-    rows = torch.as_tensor(rows, device=wrapper.B.device)
-    if len(rows.unique()) < len(rows):
-        raise ValueError(f"rows must differ, got {rows.tolist()}")
+    if type(wrapper).add_to is not LowRankUpdate.add_to:
+        raise TypeError(f"{type(wrapper).__name__} changes other rows of W, too")
+    n, asked = len(wrapper.B), torch.as_tensor(rows).tolist()
+    known = len({i for i in asked if type(i) is int and 0 <= i < n})
+    if not asked or known < len(asked):
+        raise ValueError(f"rows must be different indices below {n}, got {asked}")
+    rows = torch.tensor(asked, device=wrapper.B.device)
+    if wrapper.B.detach().index_fill(0, rows, 0).any():
+        raise ValueError("B has numbers in other rows, which would be lost")
     spread = Spread(rows, len(wrapper.B))
     parametrize.register_parametrization(wrapper, "B", spread)
 
@@ -134,27 +155,38 @@ class TokenRows(nn.Module):
         return W.index_copy(0, self.ids, self.rows.to(W.dtype))
 
 
+@torch.inference_mode(False)  # what is made there could not be trained through
 def train_tokens(model, name, ids):
     """Train the rows `ids` of the lookup `name` and of a head tied to it, in place.
 
     Nothing else of them trains. Returns the shared rows, an `nn.Parameter` (k, width).
-    Raises ValueError for ids that recur or are not there.
+    Raises ValueError for ids that recur or are not there, and where something else uses
+    the weight: rows that train already, a hook, a module of another kind.
     """
+    bases.check_not_parallel(model)
     base = model.get_submodule(name)
     if type(base) is not nn.Embedding or base.max_norm is not None:
         raise TypeError(f"{name} must be an Embedding without max_norm, got {base}")
-    W, ids = base.weight, list(ids)
-    if len(set(ids)) < len(ids) or not set(ids) <= set(range(len(W))):
+    W, ids = base.weight, [int(i) for i in ids]
+    if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(len(W))):
         raise ValueError(f"ids must differ and be below {len(W)}, got {ids}")
+    if any(base is rows.base for rows in bases.find(model, TokenRows).values()):
+        raise ValueError(f"rows of {name} train already: merge_tokens first")
     index = torch.tensor(ids, device=W.device)
     rows = checks.parameter(W[index])
     every = model.named_modules(remove_duplicate=False)
     tied = {n: m for n, m in every if getattr(m, "weight", None) is W}
-    for m in tied.values():
+    for place, m in tied.items():
         if type(m) not in (nn.Embedding, nn.Linear):
             raise TypeError(
                 f"{type(m).__name__} is tied to {name}: it can't be changed"
             )
+        if hooks := bases.hooks_of(m):
+            message = f"has a {hooks[0]} hook, which would not see the new rows"
+            raise ValueError(f"{place} {message}")
+    if bases.uses(model)[W] > len(set(tied.values())):
+        message = "and would keep the old rows"
+        raise ValueError(f"another module uses the weight of {name}, {message}")
     for place, m in tied.items():
         freeze_all(m)
         model.set_submodule(place, TokenRows(m, index, rows))
@@ -164,7 +196,12 @@ def train_tokens(model, name, ids):
 @torch.no_grad()
 def merge_tokens(model):
     """Write the new rows into the weights, in place; return the model, plain again."""
-    for place, layer in bases.find(model, TokenRows).items():
+    places = bases.find(model, TokenRows)
+    for place, layer in places.items():
+        if type(layer.base) not in (nn.Embedding, nn.Linear):
+            kind = type(layer.base).__name__
+            raise ValueError(f"{place} holds a {kind}: merge_lora first")
+    for place, layer in places.items():
         layer.base.weight[layer.ids] = layer.rows.to(layer.base.weight.dtype)
         model.set_submodule(place, layer.base)
     return model
@@ -185,7 +222,10 @@ def left_out(model):
     modules, matrices, seen = Counter(), Counter(), set()
     for m in model.modules():
         own = {p for p in m.parameters(recurse=False) if p.ndim > 1} - seen
-        if own and m not in inside:
+        if isinstance(m, bases.DenseWeight) and m not in inside:
+            modules[type(m).__name__, False] += 1  # a weight in few bits
+            matrices[type(m).__name__, False] += 1
+        elif own and m not in inside:
             seen |= own
             kind = type(m).__name__, any(p.requires_grad for p in own)
             modules[kind] += 1
@@ -213,12 +253,13 @@ def save_lora(model, folder):
     wrappers = bases.find(model, LoRALinear)
     if not wrappers:
         raise ValueError(f"{type(model).__name__} has no adapters: inject_lora first")
-    updates = {n: w.plain(n) if hasattr(w, "plain") else w for n, w in wrappers.items()}
+    updates = peft_files.plain_updates(wrappers)
     its = {name: wrapper.base for name, wrapper in wrappers.items()}
     peft_files.warn_of_the_rest(model, wrappers)
     peft_files.write_adapter(Path(folder), updates, its)
 
 
+@torch.inference_mode(False)  # what is made there could not be trained through
 def load_lora(model, folder):
     """Inject the adapter that `folder` holds, of `save_lora` or PEFT, in place.
 
@@ -227,25 +268,29 @@ def load_lora(model, folder):
     """
     if there := bases.find(model, LoRALinear):
         raise ValueError(f"{bases.listed(there)}: wrapped already, merge_lora first")
+    bases.check_not_parallel(model)
     places = bases.layers_of(model)
     factors, _ = peft_files.read_adapter(Path(folder), model, places)
+    its = peft_files.by_base(folder, factors, places)
     wrappers = {}
-    for place, (A, B, alpha) in factors.items():
-        base = places[place]
-        wrapper = bases.wrapper_of(base, LoRALinear)(base, len(A), alpha)
-        wrapper.A.data, wrapper.B.data = A, B
-        wrappers[place] = wrapper
-    for place, wrapper in wrappers.items():
-        model.set_submodule(place, wrapper)
+    for base, (A, B, alpha) in its.items():
+        wrappers[base] = bases.wrapper_of(base, LoRALinear)(base, len(A), alpha)
+        wrappers[base].A.data, wrappers[base].B.data = A, B
+    for place in factors:
+        model.set_submodule(place, wrappers[places[place]])
     return [*wrappers.values()]
 
 
 def save_tokens(model, folder):
     """Write the rows of `train_tokens` into `folder`, as PEFT's TRAINABLE_TOKENS."""
     places = bases.find(model, TokenRows)
-    (name, layer), *_ = (
-        (n, m) for n, m in places.items() if isinstance(m.base, nn.Embedding)
-    )
+    found = {m: n for n, m in places.items() if isinstance(m.base, nn.Embedding)}
+    if len(found) != 1:
+        have = bases.listed(found.values())
+        raise ValueError(
+            f"a file holds the new tokens of one lookup, there are: {have}"
+        )
+    ((layer, name),) = found.items()
     config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": [name]}
     config["token_indices"] = layer.ids.tolist()
     rows = peft_files.sound(name, layer.rows.detach().cpu().contiguous())
@@ -256,6 +301,7 @@ def save_tokens(model, folder):
     peft_files.put_in_place(Path(folder), new)
 
 
+@torch.inference_mode(False)  # what is made there could not be trained through
 def load_tokens(model, folder):
     """`train_tokens` with the rows that `folder` holds, in place; return them.
 
@@ -266,12 +312,15 @@ def load_tokens(model, folder):
     if config["peft_type"] != "TRAINABLE_TOKENS":
         raise ValueError(f"{folder} holds {config['peft_type']}, no TRAINABLE_TOKENS")
     places = [n for n, m in model.named_modules() if type(m) is nn.Embedding]
-    named = set(config["target_modules"])
-    (name,) = [n for n in places if not named.isdisjoint(peft_files.tails(n))]
-    W, ids = model.get_submodule(name).weight, config["token_indices"]
-    own, file = f"{name}.trainable_tokens_delta", folder / peft_files.WEIGHTS
-    tied = [n for n, m in model.named_modules() if getattr(m, "weight", None) is W]
+    file = folder / peft_files.WEIGHTS
     held = peft_files.names_in(file)  # PEFT writes the rows of a tied head once more
+    named = [n for n in places if f"{n}.trainable_tokens_delta" in held]
+    if len(named) != 1:
+        message = f"{file} must hold rows of one of {bases.listed(places)}"
+        raise ValueError(f"{message}, it holds {bases.listed(held)}")
+    name, ids = named[0], config["token_indices"]
+    W, own = model.get_submodule(name).weight, f"{name}.trainable_tokens_delta"
+    tied = [n for n, m in model.named_modules() if getattr(m, "weight", None) is W]
     like = {own} | {f"{n}.trainable_tokens_delta" for n in tied} & held
     like = dict.fromkeys(like, W.new_empty(len(ids), W.shape[1]))
     found = peft_files.read_tensors(file, like, None, peft_files.plain_name)

@@ -35,6 +35,8 @@ class Shape(NamedTuple):
 
     def matrices(self, part):
         """(d_in, d_out) of each matrix of a block's part, "attention" or "MLP"."""
+        if part not in PARTS:
+            raise ValueError(f"`on` must hold some of {PARTS}, got {part!r}")
         d, kv, m = self.width, self.kv, self.mlp
         if part == "attention":
             return [(d, d), (d, kv), (d, kv), (d, d)]

@@ -6,6 +6,7 @@ is not plain LoRA on linear layers is refused by its name. Chapter 5 of the book
 this file.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from lora import checks
-from lora.bases import known, listed, weight_of, wrapper_of
+from lora.bases import check_base, known, listed, weight_of, wrapper_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -40,6 +41,20 @@ def plain_name(name):
     """A layer's or tensor's name without what PEFT, DDP and torch.compile add."""
     name = name.replace("_orig_mod.", "").removeprefix("module.")
     return name.removeprefix("base_model.model.").removeprefix("module.")
+
+
+def plain_names(names):
+    """Name in PEFT's files -> name; ValueError if two names are one there."""
+    plain = {plain_name(name): name for name in names}
+    if lost := [n for n in names if plain[plain_name(n)] != n]:
+        message = f"{lost[0]} and {plain[plain_name(lost[0])]} have one name"
+        raise ValueError(f"{message} in PEFT's files, {plain_name(lost[0])}")
+    return plain
+
+
+def plain_updates(wrappers):
+    """Name -> s B A of each wrapper: itself, or what a variant says in its `plain`."""
+    return {n: w.plain(n) if hasattr(w, "plain") else w for n, w in wrappers.items()}
 
 
 def layout(base, rank):
@@ -68,13 +83,16 @@ def write_adapter(folder, adapters, bases, head=None):
 
     Bad numbers raise before anything is written.
     """
-    weights = {}
+    weights, names = {}, plain_names(adapters)
+    if len(set(bases.values())) < len(bases):
+        note = "one layer stands under several names: PEFT adapts the first alone"
+        warnings.warn(note, stacklevel=3)
     for layer, update in adapters.items():
         shapes, factors = layout(bases[layer], update.rank), (update.A, update.B)
         for (name, shape), factor in zip(shapes.items(), factors):
             key = f"base_model.model.{plain_name(layer)}.{name}"
             weights[key] = factor.reshape(shape)
-    adapters = {plain_name(layer): update for layer, update in adapters.items()}
+    adapters = {name: adapters[layer] for name, layer in names.items()}
     parts = {WEIGHTS: weights}
     if head is not None:
         parts[HEAD] = head.state_dict()
@@ -167,7 +185,7 @@ def read_adapter(folder, model, bases, head=None):
     config = read_config(folder)
     file, mark = folder / WEIGHTS, mark_of(config)
     held = names_in(file)
-    names = {plain_name(name): name for name in bases}
+    names = plain_names(bases)
     wanted = selected(config, names)
     if wanted is None:
         first = {n: next(iter(layout(bases[names[n]], 1))) for n in names}
@@ -198,6 +216,21 @@ def read_adapter(folder, model, bases, head=None):
     return found, read_head(folder / HEAD, head, mark)
 
 
+def by_base(folder, factors, places):
+    """Base -> (A, B, alpha), of factors by name: a layer may have several names.
+
+    Raises ValueError if they differ, and what `lora.bases.check_base` raises.
+    """
+    found = {}
+    for place, (A, B, alpha) in factors.items():
+        check_base(place, places[place])
+        first, second, scale = found.setdefault(places[place], (A, B, alpha))
+        if not (first.equal(A) and second.equal(B) and scale == alpha):
+            message = "has another adapter under another name"
+            raise ValueError(f"{folder}: {place} {message}")
+    return found
+
+
 def names_in(file):
     """The names of a file's tensors, as a set, without what PEFT adds."""
     with safe_open(file, "pt") as stored:
@@ -222,7 +255,7 @@ def read_config(folder):
         if file not in there:
             found = ", ".join(there) or "nothing"
             raise FileNotFoundError(f"{folder} holds no {file}; it holds {found}")
-    config = {"peft_type": None, "lora_alpha": 8}
+    config = {"peft_type": None, "r": 8, "lora_alpha": 8, "target_modules": None}
     config |= json.loads((folder / CONFIG).read_bytes())
     for key, value in config.items():
         is_plain = value in PLAIN[key] if key in PLAIN else not value
@@ -238,14 +271,19 @@ def read_config(folder):
 def selected(config, names):
     """Those of `names` that the settings select, by PEFT's rules.
 
-    None if they say it by numbers of layers, or by an expression that is not `quick`.
+    None if they do not say it, say it by numbers of layers, or by an expression that is
+    not `quick`.
     """
     tests = []
+    if config["target_modules"] is None:
+        return None
     for value in (config["target_modules"], config.get("exclude_modules") or []):
         if not isinstance(value, str):  # names, or their ends
             tests.append(lambda name, ends=set(value): not ends.isdisjoint(tails(name)))
-        elif None not in (literals := {literal(part) for part in value.split("|")}):
-            tests.append(literals.__contains__)
+        elif all(parts := [literal(part) for part in value.split("|")]) and not any(
+            dots for _, dots in parts
+        ):
+            tests.append({name for name, _ in parts}.__contains__)
         elif quick(value):
             tests.append(re.compile(value).fullmatch)
     if len(tests) < 2 or config.get("layers_to_transform") is not None:
@@ -259,18 +297,26 @@ def pattern_values(key, config, names, default):
     Two that give a layer different values are refused: PEFT sorts them when it saves,
     and takes the first.
     """
-    holders, values = {}, {}
-    for name in names:
-        for tail in tails(name):
-            holders.setdefault(tail, []).append(name)
+    holders, values = {}, {}  # holders: places of dots -> tail, without them -> names
     patterns = (config.get(key) or {}).items()
     tried = [e for e, _ in patterns if not literal(e)]
     if costly := [e for e in tried if not quick(e)] or tried[50:]:
         message = f"{CONFIG}: {key} has an expression too costly to try"
         raise ValueError(f"{message}: {costly[0]!r:.80}")
+    masks = {found[1] for e, _ in patterns if (found := literal(e))}
+    if len(masks) * len(names) > 10**6:
+        raise ValueError(f"{CONFIG}: {key} has expressions too costly to try")
+    for dots in masks:
+        holders[dots] = {}
+        for name in names:
+            for tail in tails(name):
+                holders[dots].setdefault(blurred(tail, dots), []).append(name)
     for expression, value in patterns:
-        if name := literal(expression):
-            matched = [name] if expression[0] == "^" else holders.get(name, [])
+        if found := literal(expression):
+            name, dots = found
+            matched = holders[dots].get(name, [])
+            if expression[0] == "^":
+                matched = [n for n in matched if len(n) == len(name)]
         else:
             pattern = re.compile(rf"(.*\.)?({expression})$")
             matched = [name for name in names if pattern.match(name)]
@@ -290,9 +336,23 @@ def tails(name):
 
 
 def literal(expression):
-    """The name that an expression is, perhaps escaped and after a ^; or None."""
+    """The name that an expression is, perhaps escaped and after a ^; or None.
+
+    And the places of its dots that stand for any character.
+    """
     if re.fullmatch(r"\^?([\w.-]|\\\W)+", expression):
-        return re.sub(r"\^|\\(?=\W)", "", expression)
+        parts = re.findall(r"\\\W|[^\\^]", expression)
+        dots = tuple(i for i, part in enumerate(parts) if part == ".")
+        return "".join(part[-1] for part in parts), dots
+
+
+def blurred(name, dots):
+    """A name with dots at these places."""
+    letters = [*name]
+    for i in dots:
+        if i < len(letters):
+            letters[i] = "."
+    return "".join(letters)
 
 
 def quick(expression):
@@ -333,6 +393,8 @@ def read_tensors(file, like, mark, rename=str):
 def read_head(file, head, mark):
     """The state for a module `head`, checked against it; None without one."""
     if head is not None:
-        return read_tensors(file, head.state_dict(), mark)
+        state = read_tensors(file, head.state_dict(), mark)
+        copy.deepcopy(head).load_state_dict(state)  # what would raise, raises here
+        return state
     if file.exists():
         raise ValueError(f"{file.parent} holds a head: give a module, head=")

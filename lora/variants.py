@@ -13,6 +13,7 @@ from lora import bases, checks
 from lora.core import LoRALinear, LowRankUpdate, freeze_all
 
 
+@torch.inference_mode(False)  # what is made there could not be trained through
 def inject(model, wrapper, targets=None, rank=4, alpha=8.0):
     """`inject_lora` with a variant's class: `wrapper(layer, rank, alpha)`.
 
@@ -22,7 +23,14 @@ def inject(model, wrapper, targets=None, rank=4, alpha=8.0):
     chosen = bases.choose(model, targets, wrapper=LoRALinear)
     places = {n: m for n, m in chosen.items() if model.get_submodule(n) is m}
     bases.check_rows(places)
-    new = {layer: wrapper(layer, rank, alpha) for layer in places.values()}
+    new = {}
+    with bases.all_or_nothing(model):
+        for name, layer in places.items():
+            try:
+                new[layer] = wrapper(layer, rank, alpha)
+            except Exception as fault:
+                fault.add_note(f"while {name} was to be wrapped")
+                raise
     for name, layer in places.items():
         model.set_submodule(name, new[layer])
     return [*new.values()]
@@ -45,8 +53,9 @@ def loraplus_groups(model, lr, ratio=16):
     unless it is given one as `loraplus_weight_decay`.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    fast = [p for n, p in named if "B" in n.split(".")]
-    slow = [p for n, p in named if "B" not in n.split(".")]
+    ends = "B", "parametrizations.B.original"  # the latter of `adapt_rows`
+    fast = [p for n, p in named if f".{n}".endswith(tuple(f".{end}" for end in ends))]
+    slow = [p for _, p in named if all(p is not other for other in fast)]
     return [{"params": slow, "lr": lr}, {"params": fast, "lr": ratio * lr}]
 
 
@@ -74,11 +83,17 @@ class PiSSALinear(LoRALinear):
     def __init__(self, base, rank=4, alpha=8.0):
         if bases.known(base) is None:
             raise TypeError(f"base must hold its weight, got {type(base).__name__}")
-        super().__init__(base, rank, alpha)
+        checks.check_settings(rank, alpha)
         W = checks.wide(bases.weight_of(base).detach())
+        if not alpha > 0 or rank > min(W.shape):
+            message = f"alpha > 0 and a rank up to {min(W.shape)}"
+            raise ValueError(f"PiSSA needs {message}, got {alpha} and {rank}")
+        super().__init__(base, rank, alpha)
         U, sizes, Vh = torch.linalg.svd(W, full_matrices=False)
         root = (sizes[:rank] / self.scale).sqrt()
-        self.A.data, self.B.data = root[:, None] * Vh[:rank], U[:, :rank] * root
+        self.A, self.B = map(
+            checks.parameter, (root[:, None] * Vh[:rank], U[:, :rank] * root)
+        )
         self.start = LowRankUpdate(self.A, -self.B, alpha)
         freeze_all(self.start)
         self.base = bases.merge("base", base, self.start)
@@ -101,6 +116,8 @@ class DoRALinear(LoRALinear):
         super().__init__(base, rank, alpha)
         W = checks.wide(bases.weight_of(base))
         self.magnitude = checks.parameter(W.norm(dim=1))
+        if not checks.finite(1 / self.magnitude):
+            raise ValueError("DoRA needs a direction: a row of W is zero")
 
     def factor(self, V):
         return self.magnitude / V.detach().norm(dim=1)
@@ -135,8 +152,8 @@ class VeRALinear(LoRALinear):
         self.b = checks.parameter(torch.zeros_like(B[:, 0]))
 
     def forward(self, x):
-        thin = self.d * F.linear(x, self.A)
-        return self.base(x) + self.b * F.linear(thin, self.B)
+        A, B, d, b = (t.to(x.dtype) for t in (self.A, self.B, self.d, self.b))
+        return self.base(x) + b * F.linear(d * F.linear(x, A), B)
 
     def add_to(self, W):
         """W + (b ∘ B) (d ∘ A), (d_out, d_in), in the dtype of W."""
@@ -149,6 +166,7 @@ class VeRALinear(LoRALinear):
         return LowRankUpdate(A, B, self.rank)
 
 
+@torch.inference_mode(False)  # what is made there could not be trained through
 def inject_vera(model, targets=None, rank=256, seed=0):
     """`inject` of `VeRALinear`: one pair for all layers, PEFT's, drawn with `seed`."""
     layers = bases.choose(model, targets, wrapper=LoRALinear).values()

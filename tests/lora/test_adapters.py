@@ -905,3 +905,14 @@ def test_layers_that_are_wrapped_by_inject_lora_are_refused():
     assert same(before, snapshot(model))
     with pytest.raises(ValueError, match="'b'; there are: none .*: save_lora"):
         save_adapter(model, "b", "nowhere")
+
+
+def test_a_merged_model_is_not_quantized():
+    """The base that was kept would be rounded, too, and come back as another."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    add_adapter(model, "one")
+    merge_adapter(model, "one")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="merged: unmerge_adapter first"):
+        quantize_model(model)
+    assert same(before, snapshot(model))

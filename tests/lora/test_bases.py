@@ -383,3 +383,28 @@ def test_gpt2_has_no_linear_layers_and_is_told_so(kind, there):
     model = real(kind, {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50})
     with pytest.raises(ValueError, match=there + "with matrices: 8 Conv1D$"):
         inject_lora(model)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.mul_(0),
+        lambda w: w.data.clamp_(0, 0),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: w.__iadd__(1),
+        lambda w: setattr(w, "data", torch.zeros(4, 4)),
+        lambda w: setattr(w, "requires_grad", True),
+        lambda w: w.requires_grad_(False),
+        lambda w: w.register_hook(print),
+        nn.init.zeros_,
+        nn.init.kaiming_uniform_,
+    ],
+)
+def test_what_would_write_into_a_computed_weight_is_refused(write):
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(1, 4)
+    inject_lora(model)
+    before = model(x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weight that is computed"):
+        write(model[0].weight)
+    assert torch.equal(model(x), before)
+    assert torch.equal(model[0].weight.data, model[0].base.weight)

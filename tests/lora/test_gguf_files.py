@@ -16,7 +16,15 @@ from gguf import GGMLQuantizationType as Kind
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora import LoRALinear, bases, count_total, freeze_all, inject_lora, merge_lora
+from lora import (
+    LoRALinear,
+    bases,
+    count_total,
+    freeze_all,
+    inject_lora,
+    merge_lora,
+    variants,
+)
 from lora.adapters import Adapters, add_adapter, disable_adapters, set_adapter
 from lora.gguf_files import (
     Q4Linear,
@@ -28,6 +36,7 @@ from lora.gguf_files import (
     unpack,
     write_gguf_adapter,
 )
+from lora.layers import LoRAEmbedding
 from lora.study import chat
 from tests.lora.models import assert_unchanged, awake, snapshot
 
@@ -477,3 +486,52 @@ def test_adapters_are_counted_beside_stored_weights(file):
     before = count_total(model)
     adapted(model, rank=2)
     assert count_total(model) == before + 2 * 2 * sum(map(sum, SHAPES.values()))
+
+
+def test_a_variant_is_written_as_the_update_that_it_is(tmp_path):
+    file = tiny(tmp_path / "tiny.gguf", Kind.F32)
+    model, twin = load_llama(file), load_llama(file)
+    for net in (model, twin):
+        freeze_all(net)
+    variants.inject(model, variants.PiSSALinear, r".*up_proj", rank=4)
+    wrappers = bases.find(model, LoRALinear)
+    for i, wrapper in enumerate(wrappers.values()):
+        awake(wrapper, i)
+    write_gguf_adapter(model, tmp_path / "a.gguf")
+    load_gguf_adapter(twin, tmp_path / "a.gguf", "one")
+    set_adapter(twin, "one")
+    torch.testing.assert_close(logits(twin), logits(model), atol=1e-4, rtol=1e-4)
+    other = load_llama(file)
+    variants.inject(other, variants.DoRALinear, r".*up_proj")
+    with pytest.raises(ValueError, match="DoRA is no s B A"):
+        write_gguf_adapter(other, tmp_path / "b.gguf")
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def test_another_architecture_is_not_written_as_a_llama(tmp_path, file):
+    model = adapted(load_llama(file))
+    model.config.model_type = "qwen2"
+    with pytest.raises(ValueError, match="must be a Llama, got qwen2"):
+        write_gguf_adapter(model, tmp_path / "a.gguf")
+
+
+def test_a_lookup_s_adapter_is_not_written(tmp_path, file, monkeypatch):
+    monkeypatch.setattr(bases, "REGISTERED", {})
+    bases.register(nn.Embedding, lambda weight: weight.T, LoRAEmbedding)
+    model = load_llama(file)
+    freeze_all(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    inject_lora(model, targets="model.embed_tokens")
+    with pytest.raises(TypeError, match="embed_tokens: Embedding takes no rows"):
+        write_gguf_adapter(model, tmp_path / "a.gguf")
+
+
+def test_an_adapter_is_not_put_beside_a_layer_with_a_hook(tmp_path, file):
+    write_gguf_adapter(adapted(load_llama(file)), tmp_path / "a.gguf")
+    model = load_llama(file)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, inputs, out: 2 * out)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="up_proj must be .* has a forward hook"):
+        load_gguf_adapter(model, tmp_path / "a.gguf", "one")
+    assert_unchanged(model, before)

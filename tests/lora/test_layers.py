@@ -13,8 +13,17 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from lora import bases, count_trainable, freeze_all, inject_lora, layers, merge_lora
+from lora import (
+    bases,
+    count_trainable,
+    freeze_all,
+    inject_lora,
+    layers,
+    merge_lora,
+    variants,
+)
 from lora.adapters import add_adapter, load_adapter, parts_of, save_adapter, set_adapter
+from lora.nf4 import quantize_model
 from lora.peft_files import CONFIG, WEIGHTS, layout
 from tests.lora.models import assert_unchanged, snapshot
 
@@ -225,7 +234,7 @@ def copied(weight):
 
 def test_a_view_that_is_a_copy_is_refused():
     bases.register(Conv1D, copied)
-    with pytest.raises(TypeError, match=r"with a weight of shape \(d_out, d_in\)"):
+    with pytest.raises(TypeError, match="c_fc: its W is a copy"):
         inject_lora(gpt2(), targets=".*c_fc")
 
 
@@ -309,7 +318,7 @@ def test_rows_of_a_fused_weight(make, targets, rows, tmp_path):
 
 def test_rows_that_recur_are_refused():
     (wrapper,) = inject_lora(nn.Sequential(nn.Linear(3, 4)))
-    with pytest.raises(ValueError, match=r"rows must differ, got \[1, 1\]"):
+    with pytest.raises(ValueError, match=r"rows must be different .* got \[1, 1\]"):
         layers.adapt_rows(wrapper, [1, 1])
 
 
@@ -454,3 +463,191 @@ def test_rows_of_a_tied_head_count_once():
     model = freeze(gpt2())
     layers.train_tokens(model, "transformer.wte", NEW)
     assert layers.left_out(model).startswith("adapts 2 of 11 matrices; left: 1 in 1 Em")
+
+
+# --- What would be silently wrong ---
+
+
+def test_a_weight_in_another_order_of_memory():
+    conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    with pytest.raises(TypeError, match="layer: its W is a copy, .*contiguous"):
+        bases.check_base("layer", conv)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.rand(1, 3, 5, 5)
+    awake(model, None)
+    model.to(memory_format=torch.channels_last)
+    read = nn.functional.conv2d(x, model[0].weight, model[0].bias)
+    torch.testing.assert_close(read, model(x))
+
+
+def test_padding_stays():
+    model, pad = nn.Sequential(nn.Embedding(6, 4, padding_idx=0)), torch.tensor([0])
+    (wrapper,) = inject_lora(model)
+    optimizer = torch.optim.SGD([wrapper.A, wrapper.B], lr=0.1)
+    for _ in range(2):
+        (model(torch.tensor([0, 1, 2])) - 1).square().sum().backward()
+        optimizer.step()
+    assert not model(pad).any() and model(torch.tensor([1])).any()
+    assert not merge_lora(model)[0].weight[0].any()
+
+
+def test_gradients_by_frequency_are_peft_s():
+    base = nn.Sequential(nn.Embedding(6, 4, scale_grad_by_freq=True))
+    model, theirs = copy.deepcopy(base), None
+    (wrapper,) = inject_lora(model, rank=2, alpha=2.0)
+    nn.init.normal_(wrapper.B)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["0"])
+    theirs = get_peft_model(base, config)
+    own = theirs.base_model.model[0]
+    own.lora_embedding_A["default"].data = wrapper.A.detach().clone()
+    own.lora_embedding_B["default"].data = wrapper.B.detach().clone()
+    ids = torch.tensor([1, 1, 1, 2])
+    for net in (model, theirs):
+        net(ids).square().sum().backward()
+    grad = own.lora_embedding_A["default"].grad
+    torch.testing.assert_close(wrapper.A.grad, grad)
+
+
+def wrapped(make, rank=2):
+    (wrapper,) = variants.inject(nn.Sequential(nn.Linear(6, 6)), make, rank=rank)
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "error", "message"),
+    [
+        (variants.PiSSALinear, [0, 1], ValueError, "B has numbers in other rows"),
+        (variants.DoRALinear, [0, 1], TypeError, "DoRALinear changes other rows"),
+        (layers.LoRALinear, [], ValueError, "rows must be different indices below 6"),
+        (layers.LoRALinear, [-1], ValueError, "rows must be different indices"),
+        (layers.LoRALinear, [6], ValueError, "rows must be different indices"),
+        (layers.LoRALinear, [True, False], ValueError, "rows must be different"),
+        (layers.LoRALinear, [1.0], ValueError, "rows must be different indices"),
+    ],
+)
+def test_rows_that_cannot_be_had_change_nothing(make, rows, error, message):
+    wrapper, x = wrapped(make), torch.rand(3, 6)
+    before = wrapper(x)
+    with pytest.raises(error, match=message):
+        layers.adapt_rows(wrapper, rows)
+    assert torch.equal(wrapper(x), before) and wrapper.B.shape == (6, 2)
+
+
+def test_layers_of_two_names_stay_one(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    model["b"] = model["a"]
+    base = copy.deepcopy(model)
+    awake(model, None)
+    with pytest.warns(UserWarning, match="several names: PEFT adapts the first alone"):
+        layers.save_lora(model, tmp_path)
+    (wrapper,) = layers.load_lora(base, tmp_path)
+    assert base["a"] is base["b"] is wrapper
+    assert torch.equal(wrapper.B, model["a"].B)
+
+
+def test_names_that_would_be_one_in_a_file(tmp_path):
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    model["module"] = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    inject_lora(model)
+    with pytest.raises(ValueError, match="fc and module.fc have one name"):
+        layers.save_lora(model, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_made_in_inference_mode_can_train(tmp_path):
+    model, tokens = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Embedding(6, 4))
+    inject_lora(model)
+    layers.save_lora(model, tmp_path / "lora")
+    layers.train_tokens(tokens, "0", [1])
+    layers.save_tokens(tokens, tmp_path / "tokens")
+    new = {
+        "file": nn.Sequential(nn.Linear(4, 4)),
+        "pissa": nn.Sequential(nn.Linear(4, 4)),
+        "vera": nn.Sequential(nn.Linear(4, 4)),
+        "rows": nn.Sequential(nn.Linear(4, 4)),
+        "tokens": nn.Sequential(nn.Embedding(6, 4)),
+        "file of tokens": nn.Sequential(nn.Embedding(6, 4)),
+    }
+    with torch.inference_mode():
+        layers.load_lora(new["file"], tmp_path / "lora")
+        variants.inject(new["pissa"], variants.PiSSALinear, rank=2)
+        variants.inject_vera(new["vera"], rank=2)
+        layers.adapt_rows(inject_lora(new["rows"])[0], [0])
+        layers.train_tokens(new["tokens"], "0", [1])
+        layers.load_tokens(new["file of tokens"], tmp_path / "tokens")
+    for name, net in new.items():
+        x = torch.tensor([1]) if "tokens" in name else torch.ones(1, 4)
+        net(x).square().sum().backward()
+        trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+        assert trained and all(p.grad is not None for p in trained.values()), name
+
+
+def with_a_hook():
+    model = nn.Sequential(nn.Embedding(6, 4))
+    model[0].register_forward_hook(lambda module, inputs, out: 10 * out)
+    return model
+
+
+def with_another_holder():
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Identity())
+    model[1].decoder = model[0].weight
+    return model
+
+
+def with_rows_already():
+    model = nn.Sequential(nn.Embedding(6, 4))
+    layers.train_tokens(model, "0", [0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "place", "message"),
+    [
+        (with_a_hook, "0", "0 has a forward hook"),
+        (with_another_holder, "0", "another module uses the weight of 0"),
+        (with_rows_already, "0.base", "rows of 0.base train already"),
+    ],
+)
+def test_new_tokens_where_old_rows_would_be_used(make, place, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        layers.train_tokens(model, place, [1])
+    assert_unchanged(model, before)
+
+
+def test_ids_may_be_a_tensor_and_not_none():
+    model = nn.Sequential(nn.Embedding(6, 4))
+    with pytest.raises(ValueError, match="ids must differ"):
+        layers.train_tokens(model, "0", [])
+    assert layers.train_tokens(model, "0", torch.tensor([4, 1])).shape == (2, 4)
+
+
+def test_files_of_new_tokens_are_of_one_lookup(tmp_path):
+    model = nn.ModuleDict({n: nn.Embedding(6, 4) for n in "ab"})
+    with pytest.raises(ValueError, match="there are: none"):
+        layers.save_tokens(model, tmp_path)
+    layers.train_tokens(model, "a", [0])
+    layers.save_tokens(model, tmp_path)
+    layers.train_tokens(model, "b", [1])
+    with pytest.raises(ValueError, match="there are: a, b"):
+        layers.save_tokens(model, tmp_path)
+    other = nn.ModuleDict({"c": nn.Embedding(6, 4)})
+    with pytest.raises(ValueError, match="must hold rows of one of c"):
+        layers.load_tokens(other, tmp_path)
+
+
+def test_new_rows_are_not_written_into_what_wraps_the_lookup():
+    model = nn.Sequential(nn.Embedding(6, 4))
+    layers.train_tokens(model, "0", [1])
+    inject_lora(model, targets="0.base")
+    with pytest.raises(ValueError, match="0 holds a LoRAEmbedding: merge_lora first"):
+        layers.merge_tokens(model)
+    merge_lora(model)
+    assert type(layers.merge_tokens(model)[0]) is nn.Embedding
+
+
+def test_a_weight_in_few_bits_is_left_too():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantize_model(model)
+    inject_lora(model, targets="0")
+    assert "adapts 1 of 2 matrices; left: 1 in 1 NF4Linear" in layers.left_out(model)

@@ -170,3 +170,9 @@ def test_a_whole_model():
 def test_sizes_of_the_named_models(name, billions):
     base = training_memory(SHAPES[name], 1, 1)["base"]
     assert base / 2e9 == pytest.approx(billions, rel=0.005)
+
+
+@pytest.mark.parametrize("on", ["attention", ("Attention",), ("MLP", "norms")])
+def test_parts_that_there_are_not(on):
+    with pytest.raises(ValueError, match="`on` must hold some of"):
+        training_memory(SHAPES["7B"], 2048, on=on)

@@ -20,7 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lora import LoRALinear, count_trainable, freeze_all, inject_lora, merge_lora
+from lora import (
+    LoRALinear,
+    count_trainable,
+    freeze_all,
+    inject_lora,
+    layers,
+    merge_lora,
+)
 from lora.adapters import (
     add_adapter,
     load_adapter,
@@ -182,8 +189,10 @@ def test_an_adapter_set_after_the_wrapping_drifts_apart(both):
     assert apart == {"0.adapters.b.A", "0.adapters.b.B"}
 
 
-def ddp_refusals():
+def ddp_refusals(folder):
     model = with_two()
+    lookup = DistributedDataParallel(nn.Sequential(nn.Embedding(4, 4)))
+    whole = DistributedDataParallel(network().requires_grad_(True))
     parallel = DistributedDataParallel(model)
     before, messages = held(model), []
     for change in (
@@ -191,6 +200,8 @@ def ddp_refusals():
         lambda: add_adapter(nn.Sequential(parallel), "c"),
         lambda: inject_lora(parallel),
         lambda: quantize_model(parallel),
+        lambda: layers.train_tokens(lookup, "module.0", [1]),
+        lambda: layers.load_lora(whole, folder),
     ):
         with pytest.raises(ValueError, match="then wrap it again") as caught:
             change()
@@ -200,9 +211,10 @@ def ddp_refusals():
     return messages
 
 
-def test_a_wrapped_model_is_not_changed(both):
-    first, second = both(ddp_refusals)
-    assert first == second and len(first) == 4 and len(set(first)) == 1
+def test_a_wrapped_model_is_not_changed(both, tmp_path):
+    layers.save_lora(injected(), tmp_path)
+    first, second = both(ddp_refusals, tmp_path)
+    assert first == second and len(first) == 6 and len(set(first)) == 1
 
 
 def ddp_routed(find_unused):

@@ -295,3 +295,54 @@ def test_each_is_at_most_twenty_lines():
                 ):
                     node.body = node.body[1:] or [ast.Pass()]
         assert len(ast.unparse(tree).replace("\n\n", "\n").splitlines()) <= 20, name
+
+
+def test_loraplus_goes_by_the_factor_not_by_a_part_s_name():
+    model = nn.ModuleDict({"B": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    wrappers = inject_lora(model)
+    layers.adapt_rows(wrappers[1], [0, 1])
+    slow, fast = variants.loraplus_groups(model, 1.0)
+    assert [id(p) for p in slow["params"]] == [id(w.A) for w in wrappers]
+    shapes = [p.shape for p in fast["params"]]
+    assert fast["params"][0] is wrappers[0].B and shapes == [(4, 4), (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "rank", "alpha", "change", "message"),
+    [
+        (PiSSALinear, 2, -8.0, None, "PiSSA needs alpha > 0"),
+        (PiSSALinear, 4, 4.0, None, "a rank up to 3, got 4.0 and 4"),
+        (DoRALinear, 2, 2.0, lambda W: W[1].zero_(), "a row of W is zero"),
+        (PiSSALinear, 2, 2.0, lambda W: W.fill_(torch.nan), "svd"),
+    ],
+)
+def test_what_a_variant_cannot_start_from(wrapper, rank, alpha, change, message):
+    """The second layer is at fault, and the first one stays as it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    if change:
+        with torch.no_grad():
+            change(model[1].weight)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = snapshot(model)
+    with pytest.raises(Exception, match=message) as caught:
+        inject(model, wrapper, rank=rank, alpha=alpha)
+    wanted = "while 0 was" if alpha < 0 else "while 1 was"
+    assert any(wanted in note for note in caught.value.__notes__)
+    if message != "svd":  # a NaN is not equal to itself
+        assert_unchanged(model, before)
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+
+
+def test_vera_on_a_base_in_half_precision():
+    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    (wrapper,) = variants.inject_vera(model, rank=4)
+    nn.init.ones_(wrapper.b)
+    x = torch.ones(2, 8).bfloat16()
+    out = model(x)
+    assert out.dtype == torch.bfloat16
+    exact = x.float() @ wrapper.add_to(wrapper.base.weight.float()).T
+    torch.testing.assert_close(
+        out.float(), exact + wrapper.bias.float(), atol=0.1, rtol=0.05
+    )
