@@ -125,11 +125,15 @@ class LazyWeight(torch.Tensor):
             return super().__torch_function__(function, types, args, kwargs)
         if function == torch.Tensor.data.__get__:
             return cls(args[0], lambda: args[0].compute().detach())
-        name = function.__name__
-        if name in WRITES or (name[-1] == "_" and name[-2:] != "__"):
+        kwargs, name = kwargs or {}, function.__name__
+        writes = name in WRITES or (name[-1] == "_" and name[-2:] != "__")
+        into = (
+            [*args[:1], kwargs.get("tensor")] if writes else []
+        )  # the latter: nn.init
+        if any(isinstance(t, cls) for t in (*into, kwargs.get("out"))):
             message = f"{name} would change a weight that is computed, and be lost"
             raise RuntimeError(f"{message}: change the base, A or B")
-        args, kwargs = tree_map_only(cls, lambda w: w.compute(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda w: w.compute(), (args, kwargs))
         return function(*args, **kwargs)
 
 

@@ -143,7 +143,7 @@ def quantize_model(model, targets=None):
     Which of them: see `lora.bases.choose`. A quantized layer is left alone. If this
     raises, as for a weight that is not finite, nothing has changed.
     """
-    if any(hasattr(m, "kept") for m in model.modules()):
+    if any(hasattr(m, "kept") and hasattr(m, "adapters") for m in model.modules()):
         raise ValueError("an adapter is merged: unmerge_adapter first")
     new, chosen = {}, bases.choose(model, targets, kind=(nn.Linear, NF4Linear))
     for name, layer in chosen.items():

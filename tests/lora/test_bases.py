@@ -396,6 +396,7 @@ def test_gpt2_has_no_linear_layers_and_is_told_so(kind, there):
         lambda w: setattr(w, "requires_grad", True),
         lambda w: w.requires_grad_(False),
         lambda w: w.register_hook(print),
+        lambda w: torch.add(torch.ones(4, 4), 1, out=w),
         nn.init.zeros_,
         nn.init.kaiming_uniform_,
     ],
@@ -408,3 +409,21 @@ def test_what_would_write_into_a_computed_weight_is_refused(write):
         write(model[0].weight)
     assert torch.equal(model(x), before)
     assert torch.equal(model[0].weight.data, model[0].base.weight)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda plain, w: plain.copy_(w),
+        lambda plain, w: plain.zero_().add_(w),
+        lambda plain, w: plain.__setitem__(slice(None), w),
+        lambda plain, w: setattr(plain, "data", w.data.clone()),
+        lambda plain, w: torch.mul(w, 1, out=plain),
+    ],
+)
+def test_a_computed_weight_may_be_written_into_another_tensor(write):
+    model, plain = nn.Sequential(nn.Linear(4, 4)), torch.zeros(4, 4)
+    awake(inject_lora(model)[0])
+    with torch.no_grad():
+        write(plain, model[0].weight)
+    assert torch.equal(plain, model[0].add_to(model[0].base.weight))
