@@ -20,7 +20,10 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from lora import bases, core, formats, nf4, variants
 from lora.rank import energy, rank_for_energy, truncate
@@ -94,9 +97,13 @@ SCHEDULES = {
     "constant": lambda t, n: min(10 * (t + 1) / n, 1),
     "no warm-up": lambda t, n: 1 - t / n,
 }
-# What is stored or computed in bfloat16 in a run: the products while it trains
-# ("autocast"), the base, or the base and the adapters.
+# What is stored or computed in half precision in a run: the products while it trains
+# ("autocast", in bfloat16), the base, or the base and the adapters; or the products in
+# float16, without and with a loss that is scaled.
 PRECISIONS = "float32", "autocast", "bfloat16 base", "bfloat16 base and adapters"
+PRECISIONS += "float16", "float16, scaled"
+SCALE = 2.0**16
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm")}
 KS = (1, 2, 4, 8, 16, 32, 64, 384)  # directions of a change that a row tells about
 KEYS = [*DEFAULTS, "cut", "merged", "composed"]  # what tells two rows of a study apart
 # Between processors, training in float32 goes other ways: what may lie between the mean
@@ -254,9 +261,8 @@ def make_run(**settings):
         steps, lr, decay = (settings[name] for name in ("steps", "lr", "decay"))
         plus = settings["variant"] == "LoRA+"
         groups = variants.loraplus_groups(model, lr) if plus else None
-        products = settings["precision"] == "autocast"
-        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=products)
-        with autocast, beside_steps(model, settings["clip"], settings["average"]):
+        precision = half_precision(model, settings["precision"])
+        with precision, beside_steps(model, settings["clip"], settings["average"]):
             losses = search.fine_tune(
                 model,
                 tokenizer,
@@ -278,6 +284,46 @@ def make_run(**settings):
     if settings["elsewhere"]:
         row |= {"asked": asked(model, tokenizer)} | everyday(model, tokenizer)
     return tokenizer, model, row
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Products of float16 come from float32's, rounded once, as a GPU sums them.
+
+    A processor's own take thirty times as long.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket not in PRODUCTS or args[0].dtype != torch.float16:
+            return function(*args, **(kwargs or {}))
+        wide = tree_map_only(torch.Tensor, torch.Tensor.float, args)
+        return function(*wide, **(kwargs or {})).half()
+
+
+@contextlib.contextmanager
+def half_precision(model, precision):
+    """While it is open, the model's products are as one of `PRECISIONS` has them.
+
+    A loss is scaled as by `torch.amp.GradScaler`, which begins with `SCALE`: gradients
+    come into the model that much larger, and its parameters get them divided again.
+    """
+    dtypes = {"autocast": torch.bfloat16, "float16": torch.float16}
+    dtype = dtypes.get(precision.removesuffix(", scaled"))
+    with contextlib.ExitStack() as stack:
+        if dtype is not None:
+            # For a pass: around the loop it would keep the weights of the first step.
+            model.forward = torch.autocast(model.device.type, dtype)(model.forward)
+            stack.callback(delattr, model, "forward")
+        if dtype == torch.float16:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # attention by products
+            stack.enter_context(RoundedProducts())
+        if precision.endswith("scaled"):
+            last = model.encoder.layer[-1].output
+            hooks = [last.register_full_backward_pre_hook(lambda _, g: (g[0] * SCALE,))]
+            trained = (p for p in model.parameters() if p.requires_grad)
+            hooks += [p.register_hook(lambda g: g / SCALE) for p in trained]
+            for hook in hooks:
+                stack.enter_context(hook)
+        yield
 
 
 @contextlib.contextmanager
@@ -725,6 +771,7 @@ def studies():
         for lr in (1e-3, 2e-3, 4e-3, 8e-3)
     ]
     half = [lora | {"precision": precision} for precision in PRECISIONS[1:]]
+    half += [full | {"precision": PRECISIONS[i]} for i in (1, 4, 5)]
     half += [{"method": "none", "precision": PRECISIONS[2]}]
     fewer = [run | {"pairs": n} for run in (lora, full) for n in (50, 200, 1_000)]
     return {

@@ -4,10 +4,12 @@ import json
 import math
 from collections import Counter
 from importlib.metadata import version
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertModel
 
 from lora import core, formats, nf4
@@ -267,10 +269,17 @@ def test_nf4_with_its_scales_in_few_bits(small):
         runs.make_run(method="none", base="int4", double=True)
 
 
-def test_what_is_in_bfloat16(small):
+def test_what_is_in_half_precision(small):
     """The base, the adapters too, or the products only, which what is trained shows."""
     float32, bfloat16, trained = torch.float32, torch.bfloat16, []
-    kinds = [{float32}, {float32}, {float32, bfloat16}, {bfloat16}]
+    kinds = [
+        {float32},
+        {float32},
+        {float32, bfloat16},
+        {bfloat16},
+        {float32},
+        {float32},
+    ]
     for precision, dtypes in zip(runs.PRECISIONS, kinds, strict=True):
         _, model, _ = runs.make_run(precision=precision, steps=1, lr=0.1)
         assert {p.dtype for p in model.parameters()} == dtypes, precision
@@ -280,6 +289,67 @@ def test_what_is_in_bfloat16(small):
     assert not any(torch.equal(trained[0], other) for other in trained[1:])
     with pytest.raises(ValueError, match="precision is of .*, got 'half'"):
         runs.make_run(precision="half")
+
+
+def test_products_of_float16_are_rounded_once():
+    """As float64's are, and as the processor's own, which may round parts of a sum."""
+    torch.manual_seed(0)
+    a, b, c = (torch.randn(16, 16, dtype=torch.float16) for _ in range(3))
+    own, exact = a @ b, (a.double() @ b.double()).half()
+    added, batch = torch.addmm(c, a, b), a[None] @ b[None]
+    with runs.RoundedProducts():
+        found = a @ b, torch.addmm(c, a, b), a[None] @ b[None]
+        assert torch.equal(a.float() @ b.float(), a.float() @ b.float())
+    assert {t.dtype for t in found} == {torch.float16}
+    assert (found[0] != exact).float().mean() < 0.02
+    for product, other in zip(found, (own, added, batch)):
+        torch.testing.assert_close(product, other, rtol=2**-9, atol=2**-8)
+    with runs.RoundedProducts():
+        assert (a * 300 @ b * 300).isinf().any(), "the range is float16's"
+
+
+def by_the_manual(model, tokenizer, batches, optimizer, scaled):
+    """Steps in float16 as PyTorch's manual has them: autocast for each forward pass."""
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+
+    def vectors(side):
+        with torch.autocast("cpu", torch.float16):
+            return search.unit_vectors(model, tokenizer, list(side))
+
+    with runs.RoundedProducts(), sdpa_kernel(SDPBackend.MATH):
+        for part in batches:
+            loss = 1e-4 * search.contrastive_loss(*map(vectors, zip(*part)))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loop_in_float16_is_that_of_the_manual(small, monkeypatch, scaled):
+    """Bit for bit, with a loss so small that unscaled gradients vanish."""
+    pairs, trained, loss = runs.data(0)[0], [], search.contrastive_loss
+    for by_hand in (True, False):
+        tokenizer, model = search.load_minilm()
+        runs.prepare(model, runs.DEFAULTS | {"rank": 2})
+        trained.append([p for p in model.parameters() if p.requires_grad])
+        if by_hand:
+            optimizer = torch.optim.AdamW(trained[0], 0.1)
+            some = islice(search.batches(pairs, 8), 3)
+            by_the_manual(model, tokenizer, some, optimizer, scaled)
+            continue
+        monkeypatch.setattr(search, "contrastive_loss", lambda *s: 1e-4 * loss(*s))
+        with runs.half_precision(model, "float16" + ", scaled" * scaled):
+            search.fine_tune(
+                model, tokenizer, pairs, 3, 0.1, 8, schedule=lambda t, n: 1
+            )
+    assert all(map(torch.equal, *trained))
+    assert all(p.grad.equal(q.grad) for p, q in zip(*trained))
+    vanished = sum((p.grad == 0).sum().item() for p in trained[1])
+    assert (vanished > 50) != scaled, vanished
+    assert not any(p._backward_hooks for p in trained[1])
+    assert not any(m._backward_pre_hooks for m in model.modules())
+    assert "forward" not in vars(model)
 
 
 def test_a_setting_that_there_is_none_of_is_refused(small):
