@@ -24,6 +24,7 @@ POINT = re.compile(
     r'(<span class="math notranslate nohighlight">[^<]*</span>)([,.;:!?)]+)'
 )
 PLAIN = re.compile(r'<code[^>]*><span class="pre">([−+]?[\d.,]+)</span></code>')
+SHORT = re.compile(r'(<span class="pre)(">[^<]{1,16}</span>)')
 NOTE = re.compile(r"<details>(?=\s*<summary>Fine print</summary>)")
 RULE = "Rule to keep."
 FRAME = '<div class="table-frame" role="region" tabindex="0" aria-label="{}">'
@@ -157,9 +158,11 @@ def tidy(table):
                 cell["class"] = "number"
             for cell in filter(lambda cell: cell.string, cells):
                 cell.string = THOUSANDS.sub(lambda n: f"{int(n[0]):,}", cell.string)
-    words = " ".join(row.find(["th", "td"]).get_text() for row in rows).split()
-    if max(map(len, words), default=0) < 18:  # none is broken on a phone
-        table["class"] = [*table["class"], "words"]
+    first = [row.find(["th", "td"]).get_text() for row in rows]
+    if max(map(len, " ".join(first).split()), default=0) < 26:
+        table["class"] = [*table["class"], "words"]  # none is broken on a phone
+    if max(map(len, first), default=0) > 20:
+        table["class"] = [*table["class"], "sentences"]
     for cell in table.thead.find_all("th"):
         if not cell.get_text():
             cell.name = "td"  # it heads nothing
@@ -240,11 +243,11 @@ def number_chapters_only(app, env):
 def finish_body(app, pagename, templatename, context, doctree):
     """Tables written in Markdown scroll as DataFrames do; figures know the dark.
 
-    A formula keeps the point after it on its line. A number is set as one, also where
-    its source is code.
+    A formula keeps the point after it on its line, and short code is not broken. A
+    number is set as one, also where its source is code.
     """
     body = POINT.sub(r'<span class="nowrap">\1\2</span>', context.get("body", ""))
-    body = PLAIN.sub(r"\1", body)
+    body = SHORT.sub(r"\1 nowrap\2", PLAIN.sub(r"\1", body))
     parts = body.split('<div class="pst-scrollable-table-container">')
     for i in range(1, len(parts)):
         parts[i] = FRAME.format(f"Unnumbered table {i}") + parts[i]

@@ -75,14 +75,14 @@ def rank_dial():
 B times a flat thin matrix A. Together A and B hold far fewer numbers than W.</title>
 <rect class="frozen" x="1" y="1" width="{SIDE}" height="{SIDE}"/>
 <text x="{SIDE / 2}" y="{SIDE / 2 + 5}" class="name">W</text>
-<text x="{SIDE / 2}" y="150">frozen</text>
+<text x="{SIDE / 2}" y="150"><tspan class="name">W</tspan>&#160; frozen</text>
 <text x="{SIDE + 14}" y="{SIDE / 2 + 5}" class="sign">+</text>
 <rect class="trained b" x="{x - rank / 2}" y="1" width="{rank}" height="{SIDE}"/>
-<text x="{x}" y="150"><tspan class="name">B</tspan> trained</text>
+<text x="{x}" y="150"><tspan class="name">B</tspan>&#160; trained</text>
 <text x="{x + 46}" y="{SIDE / 2 + 5}" class="sign">×</text>
 <rect class="trained a" x="{x + 62}" y="{SIDE / 2 + 1 - rank / 2}"
  width="{SIDE}" height="{rank}"/>
-<text x="{x + 62 + SIDE / 2}" y="150"><tspan class="name">A</tspan> trained</text>
+<text x="{x + 62 + SIDE / 2}" y="150"><tspan class="name">A</tspan>&#160; trained</text>
 </svg>
 <label hidden>Rank
 <input type="range" min="0" max="{len(RANKS) - 1}" value="{RANKS.index(rank)}"
@@ -109,7 +109,7 @@ def contents():
         items += f"""<li>
 <a class="picture" href="{name}.html" tabindex="-1" aria-hidden="true">{image}</a>
 <a class="title" href="{name}.html"><b>{number}</b> {html.escape(chapter.title)}</a>
-<p>You learn {html.escape(chapter.learn)}.</p>
+<p>You learn {html.escape(chapter.learn).replace("&#x27;", "’")}.</p>
 <p class="how">{minutes(notebook)} min ·
 <a href="{register.colab(chapter.path)}">Colab</a> ·
 <a href="../_sources/book/{chapter.path.name}" download>notebook</a></p></li>
@@ -340,13 +340,16 @@ def claims_table(app, doctree):
 
 
 def size_of(picture):
-    """Width and height in CSS pixels: those of a PNG's inches, where it states them."""
+    """Width and height in CSS pixels: those of a PNG's inches, where it states them.
+
+    Of a figure, which does not, by what makes `plots.PAGE` as wide as a page's code.
+    """
     data = picture.read_bytes()
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         return None
     size, at = struct.unpack(">II", data[16:24]), data.find(b"pHYs")
-    per_meter = struct.unpack(">I", data[at + 4 : at + 8])[0] if at > 0 else 96 / 0.0254
-    return [round(n / per_meter / 0.0254 * 96) for n in size]
+    per_inch = struct.unpack(">I", data[at + 4 : at + 8])[0] * 0.0254 if at > 0 else 137
+    return [round(n / per_inch * 96) for n in size]
 
 
 def narrow_figures(app):
@@ -390,7 +393,7 @@ def lighter(text, folder):
                 sizes = f'<img width="{width}" height="{height}"'
                 tag = tag.replace("<img", sizes, 1)
             narrow = file.with_stem(f"{file.stem}-narrow")
-            if narrow.is_file():
+            if narrow.is_file() and 'alt=""' not in tag:  # none for a thumbnail
                 width, height = size_of(narrow)
                 address = source[1].replace(file.stem, narrow.stem)
                 tag = (

@@ -18,17 +18,23 @@ addEventListener("afterprint", () => {
 // The theme makes what scrolls focusable when the window changes; so when a fold opens.
 document.addEventListener("toggle", () => dispatchEvent(new Event("resize")), true);
 
-// In a margin fine print is open, unless it would cover a caption there.
+// In a margin fine print is open, beside what it is about: the paragraph before it.
+// Unless it would cover something there.
 addEventListener("load", () => {
   if (!matchMedia("screen and (min-width: 1600px)").matches) return;
-  const captions = [...document.querySelectorAll("figure:not(details *) > figcaption")];
-  for (const note of document.querySelectorAll("details.note:not(details *)")) {
+  const there = [...document.querySelectorAll("figure:not(details *) > figcaption")];
+  const top = (element) => element.getBoundingClientRect().top;
+  for (const note of document.querySelectorAll("details.note:not(details *, :has(table))")) {
+    const before = note.previousElementSibling;
     note.open = true;
-    const { top, bottom } = note.getBoundingClientRect();
-    note.open = captions.every((caption) => {
-      const box = caption.getBoundingClientRect();
-      return box.bottom < top || bottom < box.top;
+    if (before?.matches("p, blockquote")) note.style.marginTop = `${top(before) - top(note)}px`;
+    const own = note.getBoundingClientRect();
+    note.open = there.every((other) => {
+      const box = other.getBoundingClientRect();
+      return box.bottom < own.top || own.bottom < box.top;
     });
+    if (!note.open) note.style.marginTop = "";
+    there.push(note);
   }
 });
 

@@ -23,7 +23,7 @@ BLUE, RED, GREEN, ORANGE, SKY, GREY = (
 FROZEN, A, B = GREY, SKY, GREEN
 BASE, LORA, FULL = GREY, BLUE, RED
 # Of a step's memory, beside frozen weights: for the update, and for the backward pass.
-GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS = "#BDB7E3", "#7F76C3", ORANGE, "#CC79A7"
+GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS = "#A99FE0", "#6A5FB5", ORANGE, "#C05A93"
 
 # Widths in inches: of a phone, and of the text on a wide page. NARROW is the type of
 # the output for the phone: notebooks show the other, the book's pages choose.
@@ -160,7 +160,7 @@ def variant(ax, name, formula, frozen="", vectors=""):
     them: m before W, b before B, d between B and A.
     """
     ax.axis("off")
-    ax.set(title=name, xlim=(-0.5, 3.2), ylim=(-0.55, 1.1), aspect="equal")
+    ax.set(title=name, xlim=(-0.6, 3.4), ylim=(-0.55, 1.1), aspect="equal")
     places = {"W": (0, 0, 1, 1), "B": (1.75, 0, 0.3, 1), "A": (2.2, 0.7, 1, 0.3)}
     places |= {
         "m": (-0.3, 0, 0.12, 1),
@@ -186,7 +186,7 @@ def dots(ax, groups, labels):
 
     `groups`: name -> (mean, low, high) for each of the labels, from the top.
     """
-    looks = zip((BLUE, ORANGE, RED, GREEN), "os^D")
+    looks = zip((BLUE, ORANGE, LOGITS, GREEN), "os^D")
     for j, ((name, values), (color, marker)) in enumerate(zip(groups.items(), looks)):
         for i, (mean, low, high) in enumerate(values):
             y = i + 0.2 * (j - (len(groups) - 1) / 2)
@@ -203,9 +203,10 @@ def heat(ax, table):
     """A DataFrame as coloured cells with rounded numbers: zero is white."""
     values = table.to_numpy()
     limit = abs(values).max()
-    ax.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    image = ax.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit)
     for (i, j), value in np.ndenumerate(values):
-        color = "white" if abs(value) > 0.6 * limit else "black"
+        light = image.to_rgba(value)[:3] @ np.array([0.3, 0.59, 0.11])
+        color = "white" if light < 0.5 else "black"
         text = f"{value:.0f}".replace("-0", "0").replace("-", "\N{MINUS SIGN}")
         ax.text(j, i, text, ha="center", va="center", color=color)
     turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
@@ -228,6 +229,7 @@ def use_book_style():
             "savefig.facecolor": "white",
             "axes.facecolor": "white",
             "axes.grid": True,
+            "axes.axisbelow": True,
             "axes.prop_cycle": lines,
             "axes.spines.right": False,
             "axes.spines.top": False,

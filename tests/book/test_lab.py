@@ -437,7 +437,7 @@ def test_a_run_from_disk(visit):
             page.locator(f"#a-{name}:text-is('{text}')").wait_for()
     assert page.is_disabled("#b-turn"), "full fine-tuning has no adapter to turn"
     page.click("#a-undo")
-    page.locator("#lab-status:has-text('33666 of 33666 numbers equal')").wait_for()
+    page.locator("#lab-status:has-text('33,666 of 33,666 numbers equal')").wait_for()
     assert page.inner_text("#a-target") == base[0] and page.is_disabled("#a-turn")
 
 
@@ -520,6 +520,16 @@ def test_reduced_motion(visit):
     train(page)
     page.evaluate(FRAME)
     assert 1 <= page.evaluate("drawn") <= 2, "only the ends of the two runs are drawn"
+
+
+def test_a_phone_shows_what_trains(visit):
+    size = {"width": 390, "height": 844}
+    page = visit(QUICK, viewport=size, reduced_motion="reduce")
+    ready(page)
+    bottom = lambda: (box := page.locator("#b-map").bounding_box())["y"] + box["height"]  # noqa: E731
+    assert bottom() > 844
+    page.click("#lab-train")
+    assert bottom() < 844
 
 
 def test_the_bench(visit):

@@ -1,18 +1,19 @@
-/* The pictures, on canvases. All colours come from lab.css, so dark mode is one place. */
+/* The pictures, on canvases. All colours come from lab.css, so dark mode is one place, and
+   all heights, so a picture has its place before it is drawn. */
 
-/* An empty canvas as wide as its frame: a pen whose unit is a CSS pixel, and inks. */
-function sheet(canvas, height = canvas.clientWidth) {
-	const [width, ratio] = [canvas.clientWidth, window.devicePixelRatio];
+/* An empty canvas: a pen whose unit is a CSS pixel, and inks. */
+function sheet(canvas) {
+	const { clientWidth: width, clientHeight: height } = canvas;
+	const ratio = window.devicePixelRatio;
 	[canvas.width, canvas.height] = [width * ratio, height * ratio];
-	canvas.style.height = `${height}px`;
 	const style = getComputedStyle(canvas);
 	const ink = {};
-	for (const name of ["zero", "one", "softZero", "softOne", "text", "grid"])
+	for (const name of ["a", "b", "zero", "one", "softZero", "softOne", "text", "grid"])
 		ink[name] = style.getPropertyValue(`--lab-${name}`).trim();
 	const pen = canvas.getContext("2d");
 	pen.scale(ratio, ratio);
 	pen.font = `12px ${style.fontFamily}`;
-	return { pen, width, ink };
+	return { pen, width, height, ink };
 }
 
 /* The plane's two classes, the line between them, and some of the training points. */
@@ -55,8 +56,8 @@ function packed(hex) {
 }
 
 /* Axes with ticks; returns what turns data into places as well. */
-function axes(canvas, { x, y, xTicks = [], yTicks, log, below, height = 125 }) {
-	const { pen, width, ink } = sheet(canvas, height);
+function axes(canvas, { x, y, xTicks = [], yTicks, log, below }) {
+	const { pen, width, height, ink } = sheet(canvas);
 	const [left, right, top, bottom] = [38, width - 14, 8, height - 20];
 	const place = (value, [low, high]) =>
 		Math.min(1, Math.max(0, (value - low) / (high - low)));
@@ -106,20 +107,19 @@ function drawLosses(canvas, runs) {
 		log: true,
 		below: "epoch",
 	});
-	drawLine(frame, runs[0].losses, 1, frame.ink.zero, []);
-	drawLine(frame, runs[1].losses, 1, frame.ink.one, [6, 4]);
+	drawLine(frame, runs[0].losses, 1, frame.ink.a, []);
+	drawLine(frame, runs[1].losses, 1, frame.ink.b, [6, 4]);
 }
 
 /* The singular values of each layer's ΔW, sixteen at most, on a logarithmic axis. */
-function drawSpectra(canvas, { spectra }) {
-	const ticks = { yTicks: [0.01, 0.1, 1, 10], below: "layer", height: 100 };
+function drawSpectra(canvas, { spectra }, run) {
+	const ticks = { yTicks: [0.01, 0.1, 1, 10], below: "layer" };
 	const frame = axes(canvas, { x: [0, 44], y: [0.001, 100], log: true, ...ticks });
 	const { pen, ink, X, Y, bottom } = frame;
-	for (const layer of [0, 1, 2, 3]) {
-		const first = [1, 5, 23, 41][layer];
+	for (const [layer, first] of [1, 5, 23, 41].entries()) {
 		pen.fillStyle = ink.text;
-		pen.fillText(layer + 1, X(first + [1, 8, 8, 1][layer]), bottom + 15);
-		pen.fillStyle = ink.zero;
+		pen.fillText(layer + 1, X(first + 1), bottom + 15); // where two bars stand, too
+		pen.fillStyle = ink[run];
 		for (const [i, value] of (spectra[layer] ?? []).entries())
 			pen.fillRect(X(first + i), Y(value), 0.8 * (X(1) - X(0)), bottom - Y(value));
 	}
@@ -128,7 +128,7 @@ function drawSpectra(canvas, { spectra }) {
 /* All of a run's pictures, and the losses of both runs. */
 function drawRun({ id, report }) {
 	drawMap(find(`${id}-map`), report);
-	drawSpectra(find(`${id}-spectra`), report);
+	drawSpectra(find(`${id}-spectra`), report, id);
 	const reports = [panels.a.report, panels.b.report];
 	if (reports.every(Boolean)) drawLosses(find("lab-losses"), reports);
 }
@@ -139,8 +139,8 @@ function drawBench({ report: { errors, bound, settings } }) {
 	const ticks = { xTicks: [0, steps / 2, steps], yTicks: [0, 0.5, 1], below: "step" };
 	const frame = axes(find("bench-errors"), { x: [0, steps], y: [0, 1.2], ...ticks });
 	const { pen, ink, X, Y } = frame;
-	drawLine(frame, Array(steps + 1).fill(bound), 0, ink.one, [6, 4]);
-	drawLine(frame, errors, 0, ink.zero, []);
+	drawLine(frame, errors, 0, ink.a, []);
+	drawLine(frame, Array(steps + 1).fill(bound), 0, ink.b, [6, 4]);
 	pen.fillStyle = ink.text;
 	pen.textAlign = "right";
 	pen.fillText(`Eckart–Young: ${bound.toFixed(3)}`, X(steps), Y(bound) - 6);

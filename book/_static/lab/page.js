@@ -24,6 +24,7 @@ const ENGINE = [
 const BASE = unpack(MOONS_BASE);
 const panels = {};
 const find = (id) => document.getElementById(id);
+const grouped = (number) => number.toLocaleString("en");
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const stillness = window.matchMedia("(prefers-reduced-motion: reduce)");
 const dials = () => [...document.querySelectorAll("#lab [name], #bench [name]")];
@@ -121,7 +122,7 @@ function tellRun(panel) {
 	write(`${id}-epoch`, `${losses.length} of ${settings.epochs}`);
 	write(`${id}-target`, percent(target));
 	write(`${id}-source`, percent(source));
-	write(`${id}-trains`, trains.toLocaleString("en"));
+	write(`${id}-trains`, grouped(trains));
 	describe(`${id}-map`, `Map of the classes. ${titleOf(panel)}`);
 	const layers = spectra.map((values) =>
 		values.slice(0, 4).map((value) => value.toPrecision(2)),
@@ -140,7 +141,7 @@ function tellRun(panel) {
 	showValue(turn);
 
 	const runs = [panels.a, panels.b];
-	const of = `${same} of ${BASE.length} numbers equal the stored ones`;
+	const of = `${grouped(same ?? 0)} of ${grouped(BASE.length)} numbers equal the stored ones`;
 	if (same !== undefined) say(id, `${titleOf(panel)}. ${of}, bit for bit.`);
 	const over = !runs.some(({ training, busy }) => training || busy);
 	if (over && (report.finished || report.stopped))
@@ -149,7 +150,7 @@ function tellRun(panel) {
 
 function resultOf(panel) {
 	const { target, source, seconds, losses, settings, undone } = panel.report;
-	const result = `${percent(target)} on the target, ${percent(source)} on the source`;
+	const result = `target ${percent(target)}, source ${percent(source)}`;
 	if (undone) return `${titleOf(panel)}: ${result}.`;
 	const whole = losses.length === settings.epochs;
 	const when = whole ? "" : ` after ${losses.length} of ${settings.epochs} epochs`;
@@ -292,7 +293,12 @@ function build() {
 			panels[id].order("turn", { dial: Number(target.value) });
 		});
 	}
-	find("lab-train").addEventListener("click", () => trainOrStop([panels.a, panels.b]));
+	find("lab-train").addEventListener("click", () => {
+		trainOrStop([panels.a, panels.b]);
+		const behavior = stillness.matches ? "instant" : "smooth";
+		if (panels.a.training)
+			find("lab-pictures").scrollIntoView({ block: "nearest", behavior });
+	});
 	find("bench-train").addEventListener("click", () => trainOrStop([panels.bench]));
 
 	const redraw = () => {
