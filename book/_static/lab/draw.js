@@ -118,7 +118,7 @@ function drawSpectra(canvas, { spectra }, run) {
 	const { pen, ink, X, Y, bottom } = frame;
 	for (const [layer, first] of [1, 5, 23, 41].entries()) {
 		pen.fillStyle = ink.text;
-		pen.fillText(layer + 1, X(first + 1), bottom + 15); // where two bars stand, too
+		pen.fillText(layer + 1, X(first + 1), bottom + 15); // under the first two bars
 		pen.fillStyle = ink[run];
 		for (const [i, value] of (spectra[layer] ?? []).entries())
 			pen.fillRect(X(first + i), Y(value), 0.8 * (X(1) - X(0)), bottom - Y(value));
