@@ -127,10 +127,10 @@ class LazyWeight(torch.Tensor):
             return cls(args[0], lambda: args[0].compute().detach())
         kwargs, name = kwargs or {}, function.__name__
         writes = name in WRITES or (name[-1] == "_" and name[-2:] != "__")
-        into = (
-            [*args[:1], kwargs.get("tensor")] if writes else []
-        )  # the latter: nn.init
-        if any(isinstance(t, cls) for t in (*into, kwargs.get("out"))):
+        into = [kwargs.get("out")]
+        if writes:
+            into += [*args[:1], kwargs.get("tensor")]  # as nn.init calls it
+        if any(isinstance(t, cls) for t in into):
             message = f"{name} would change a weight that is computed, and be lost"
             raise RuntimeError(f"{message}: change the base, A or B")
         args, kwargs = tree_map_only(cls, lambda w: w.compute(), (args, kwargs))
