@@ -18,8 +18,8 @@ addEventListener("afterprint", () => {
 // The theme makes what scrolls focusable when the window changes; so when a fold opens.
 document.addEventListener("toggle", () => dispatchEvent(new Event("resize")), true);
 
-// In a margin fine print is open, beside what it is about: the paragraph before it.
-// Unless it would cover something there.
+// In a margin fine print is open, and raised to what it is about: the paragraph before
+// it, or the end of a figure. Unless it would cover something there.
 addEventListener("load", () => {
   if (!matchMedia("screen and (min-width: 1600px)").matches) return;
   const there = [...document.querySelectorAll("figure:not(details *) > figcaption")];
@@ -27,13 +27,15 @@ addEventListener("load", () => {
   for (const note of document.querySelectorAll("details.note:not(details *, :has(table))")) {
     const before = note.previousElementSibling;
     note.open = true;
-    if (before?.matches("p, blockquote")) note.style.marginTop = `${top(before) - top(note)}px`;
-    const own = note.getBoundingClientRect();
-    note.open = there.every((other) => {
-      const box = other.getBoundingClientRect();
-      return box.bottom < own.top || own.bottom < box.top;
+    const up = before?.matches("p, blockquote") ? top(note) - top(before) : note.offsetHeight;
+    note.open = [-up, 0].some((margin) => {
+      note.style.marginTop = margin ? `${margin}px` : "";
+      const own = note.getBoundingClientRect();
+      return there.every((other) => {
+        const box = other.getBoundingClientRect();
+        return box.bottom < own.top || own.bottom < box.top;
+      });
     });
-    if (!note.open) note.style.marginTop = "";
     there.push(note);
   }
 });
