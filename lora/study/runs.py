@@ -287,9 +287,10 @@ def make_run(**settings):
 
 
 class RoundedProducts(TorchDispatchMode):
-    """Products of float16 come from float32's, rounded once, as a GPU sums them.
+    """Products of float16 come from float32's, rounded once.
 
-    A processor's own take thirty times as long.
+    So Micikevicius et al. 2018 sum them (arXiv:1710.03740, section 3.3). A processor's
+    own float16 takes thirty times as long.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
