@@ -281,6 +281,7 @@ def test_injecting_twice_changes_nothing():
     assert inject(model, DoRALinear) == []
 
 
+@pytest.mark.unmutated  # a mutant's source is that of all of them
 def test_each_is_at_most_twenty_lines():
     """Without blank lines, comments and docstrings, as `core` is counted."""
     names = "inject", "rslora_alpha", "loraplus_groups", "inject_vera"
