@@ -311,7 +311,7 @@ def half_precision(model, precision):
     dtype = dtypes.get(precision.removesuffix(", scaled"))
     with contextlib.ExitStack() as stack:
         if dtype is not None:
-            # For a pass: around the loop it would keep the weights of the first step.
+            # For a pass: around the loop it would keep weights of the first step.
             model.forward = torch.autocast(model.device.type, dtype)(model.forward)
             stack.callback(delattr, model, "forward")
         if dtype == torch.float16:

@@ -528,7 +528,7 @@ def test_a_phone_shows_what_trains(visit):
     ready(page)
     bottom = lambda: (box := page.locator("#b-map").bounding_box())["y"] + box["height"]  # noqa: E731
     assert bottom() > 844
-    page.click("#lab-train")
+    page.evaluate("document.getElementById('lab-train').click()")  # moves nothing itself
     assert bottom() < 844
 
 

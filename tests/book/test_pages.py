@@ -597,6 +597,8 @@ def test_solutions_are_folded_and_open(page, site, path):
     assert shown.count() == 0, f"{path}: solutions must be folded"
     height = label.bounding_box()["height"]
     assert height < 32, f"{path}: a folded cell is a line, not a box of {height} px"
+    kind = label.evaluate("label => getComputedStyle(label).display")
+    assert kind == "list-item", f"{path}: a solution has no triangle"
     label.click()
     assert shown.count() == 1, f"{path}: a click does not open the solution"
     label.press("Enter")
